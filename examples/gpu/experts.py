@@ -50,7 +50,7 @@ SHAPES = {
     "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
 }
 TUNED = ("qwen3-30b-a3b", "mixtral")
-WAYS = ("stock", "accelerated", "door")
+WAYS = ("stock", "stock, eager", "accelerated", "door, captured", "door")
 TOKENS = (1, 8, 64, 512, 4096)
 DECODE_UP = [
     Tiles(*t)
@@ -428,7 +428,7 @@ def generate(way, folder):
         model = Qwen3MoeForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    if way != "stock":
+    if not way.startswith("stock"):
         hf_optim.accelerate(model)
     ids = torch.arange(100, 228, device="cuda").view(1, -1)
 
@@ -436,10 +436,12 @@ def generate(way, folder):
         torch.cuda.synchronize()
         start = time.perf_counter()
         with torch.no_grad():
-            if way == "door":
-                hf_optim.generate(model, input_ids=ids, max_new_tokens=count, do_sample=False, mode="captured")
+            if way.startswith("door"):
+                mode = "captured" if "captured" in way else "auto"
+                hf_optim.generate(model, input_ids=ids, max_new_tokens=count, do_sample=False, mode=mode)
             else:
-                model.generate(ids, max_new_tokens=count, do_sample=False, cache_implementation="static")
+                static = {"cache_implementation": "static", "disable_compile": "eager" in way}
+                model.generate(ids, max_new_tokens=count, do_sample=False, **static)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 

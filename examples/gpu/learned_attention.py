@@ -87,6 +87,7 @@ CONVERTED = {
     "performer, m = 128": {"technique": "performer", "features": 128},
     "rfa, m = 64": {"technique": "rfa", "features": 64},
     "reformer, 4 rounds": {"technique": "reformer", "chunk": 64, "rounds": 4},
+    "reformer, trax": {"technique": "reformer", "chunk": 64, "rounds": 4, "scheme": "trax"},
     "routing_transformer": {
         "technique": "routing_transformer", "clusters": 16, "window": 128, "local_heads": 0, "init": "first_batch",
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -251,6 +252,13 @@ def test_the_operators_pass_pytorchs_own_checks(name):
     )
 
 
+def test_tiles_that_triton_compiles_to_wrong_addresses_are_not_guessed():
+    tiles = pytest.importorskip("hf_optim_kernels.linear_attention.tiles")
+    for direction, size, trig, m in itertools.product(("forward", "backward"), (64, 128), (True, False), (16, 64)):
+        guess = tiles.guessed(direction, m, size, trig, torch.bfloat16)
+        assert guess.features >= (64 if direction == "backward" or size > 64 else 32), (direction, size, trig, m)
+
+
 # -- the kernels -----------------------------------------------------------------------------------------------------
 @pytest.mark.many("kind")
 @on_triton
@@ -258,7 +266,9 @@ def test_the_operators_pass_pytorchs_own_checks(name):
 def test_the_kernels(kind, name, device, tiled):
     case = CASES[name]
     tiled(chunk=32)
-    compare(computed(case, torch.float32, device), wanted(case), 4e-6, 2e-5)
+    # A device rounds the powers of two that decay with the gates.
+    bound = 8e-6 if device == "cuda" and case.gated else 4e-6
+    compare(computed(case, torch.float32, device), wanted(case), bound, 2e-5)
 
 
 @on_triton

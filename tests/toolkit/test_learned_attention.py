@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingAr
 
 from hf_optim.checkpoints.remote_code import convert
 from hf_optim.toolkit import compat
-from hf_optim.toolkit.attention import StateLayer, TensorState, add_parts, attentions
+from hf_optim.toolkit.attention import LearnedAttachment, StateLayer, TensorState, add_parts, attentions
 from hf_optim_plugins.attention._learned import learned_code
 
 DECODERS = [tiny_llama, tiny_gpt2, tiny_opt]
@@ -258,3 +258,13 @@ def test_the_trainer_trains_learned_parts(tmp_path):
     settings = TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True, learning_rate=1e-2)
     Trainer(model, settings, train_dataset=data).train()
     assert not torch.equal(model.model.layers[0].self_attn.learned.scale, before)
+
+
+def test_the_name_of_an_attachment_is_that_of_the_module_of_its_class():
+    """Code that came with a checkpoint has a module of its own, and must not compute in the place of another."""
+    names = []
+    for module in ("code_of_one_version", "code_of_another"):
+        kind = type("Own", (LearnedAttachment,), {"__module__": module})
+        names += [kind("same").name, kind("same").name]
+    assert names[0] == names[1] != names[2] == names[3]
+    assert all(name.startswith("same_") for name in names)

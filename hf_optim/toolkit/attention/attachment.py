@@ -55,7 +55,11 @@ class Attachment:
     def __post_init__(self) -> None:
         # Checkpoints bring their code, of the version that wrote them: each module has a name of its own, so that none
         # computes with the code of another.
-        object.__setattr__(self, "name", f"{self.name}_{zlib.crc32(self.build.__module__.encode()):08x}")
+        object.__setattr__(self, "name", f"{self.name}_{zlib.crc32(self.code_module().encode()):08x}")
+
+    def code_module(self) -> str:
+        """Return the name of the module with the code of the technique."""
+        return self.build.__module__
 
     def register(self) -> None:
         """Register the function and the mask with transformers. Repeated calls replace what was there."""
@@ -358,6 +362,10 @@ class PreparedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         require_no_weights(self, kwargs)
+        return self.call_prepared(args, kwargs)
+
+    def call_prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model, of which attention weights are not asked."""
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def set_up_attention(self) -> None:
@@ -374,8 +382,7 @@ class PatternModel(PreparedModel):
 
     cache_layer: Any = PatternLayer
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        require_no_weights(self, kwargs)
+    def call_prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_with_cache(self, args, kwargs)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,6 @@ This file is stored beside checkpoints, so it imports only torch and transformer
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..modules.mixed_classes import mixed
-from .attachment import FIELD, Attachment, PatternConfig, PreparedModel, number_layers, require_no_weights
+from .attachment import FIELD, Attachment, PatternConfig, PreparedModel, number_layers
 from .model_caches import call_uncompiled
 from .pattern import Pattern
 from .row_state import Call, NewTokens, TensorState
@@ -46,9 +45,8 @@ class LearnedAttachment(Attachment):
     def __init__(self, name: str) -> None:
         super().__init__(name, no_pattern)
 
-    def __post_init__(self) -> None:
-        own = f"{self.name}_{zlib.crc32(type(self).__module__.encode()):08x}"  # as of ``Attachment``
-        object.__setattr__(self, "name", own)
+    def code_module(self) -> str:
+        return type(self).__module__
 
     def read(self, settings: Mapping[str, Any]) -> Any:
         """Return the settings in a form of the technique. Raises ``ValueError`` if they are not those of one."""
@@ -183,8 +181,7 @@ class LearnedModel(PreparedModel):
             function: Any = AttentionInterface._global_mapping[type(config).implementation]
             add_parts(self, function.__self__, settings)  # type: ignore[arg-type]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        require_no_weights(self, kwargs)
+    def call_prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_uncompiled(self, args, kwargs)
 
     def initialize_weights(self) -> None:

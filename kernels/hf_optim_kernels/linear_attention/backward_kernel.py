@@ -12,9 +12,8 @@ import triton.language as tl
 from .output_kernel import state_rows
 from .parts import (
     LOG2E,
-    exponents,
     factors_of,
-    features,
+    features_of,
     finite,
     keys_of,
     length_of,
@@ -34,6 +33,37 @@ def angle_slope(by_first, by_second, first, second, TRIG: tl.constexpr):
     else:
         found = by_first * first
     return found
+
+
+@triton.jit
+def add_slopes(
+    acc, total, flow, by_first, by_second, first, second, w, TRIG: tl.constexpr, HAS_GATE: tl.constexpr,
+    HALF: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of a row with what the gradients of features ``first`` and ``second`` add: the gradient of its
+    products with W, times W; the sum of that of its exponents; and of logarithms of weights, with gates.
+    """
+    turned = angle_slope(by_first, by_second, first, second, TRIG)
+    if HAS_GATE:
+        if TRIG:
+            flow += tl.sum(by_first * first + by_second * second, axis=1)
+        else:
+            flow += tl.sum(turned, axis=1)
+    total += tl.sum(turned, axis=1)
+    acc += tl.dot(operand(turned, HALF), operand(w, HALF), input_precision=PRECISION)
+    return acc, total, flow
+
+
+@triton.jit
+def numbers_of(tops, logs, delta, at, n, real, log_floor, TRIG: tl.constexpr):
+    """Return of each query, at ``at``: the top of its features, log2 of its denominator, and what its slopes lose."""
+    top = n * 0.0
+    if not TRIG:
+        top = tl.load(tops + at, mask=real, other=0.0)
+    log_q = tl.load(logs + at, mask=real, other=float("inf"))
+    log_q = tl.where((log_q == float("inf")) & real, log_floor, log_q)
+    less = tl.load(delta + at, mask=real, other=0.0)
+    return top, log_q, less
 
 
 @triton.jit
@@ -59,12 +89,7 @@ def _query_kernel(
     length = length_of(x)
     factor, norm = factors_of(length, root, half, eps, NORMED)
     at = pair.to(tl.int64) * N + n
-    top = n * 0.0
-    if not TRIG:
-        top = tl.load(tops + at, mask=real, other=0.0)
-    log_q = tl.load(logs + at, mask=real, other=float("inf"))
-    log_q = tl.where((log_q == float("inf")) & real, log_floor, log_q)
-    less = tl.load(delta + at, mask=real, other=0.0)
+    top, log_q, less = numbers_of(tops, logs, delta, at, n, real, log_floor, TRIG)
     own, F = (b * P + p).to(tl.int64), m
     if TRIG:
         F = 2 * m
@@ -94,8 +119,7 @@ def _query_kernel(
         f = start + tl.arange(0, BLOCK_F)
         w = weight_rows(weights, f, d, m, D)
         row = own * F + f
-        a = exponents(x, factor, norm, w, f, m, TRIG, SPLIT, HALF, EXACT)
-        first, second = features(a, top, f, m, share, TRIG)
+        first, second = features_of(x, factor, norm, top, w, f, m, share, TRIG, SPLIT, HALF, EXACT)
         held = state_rows(parts, row, f < m, dv, DV, HALF)
         by_first = tl.dot(slope, tl.trans(held), input_precision=PRECISION)
         by_first += less[:, None] * tl.load(sums + row, mask=f < m, other=0.0)[None, :]
@@ -107,19 +131,13 @@ def _query_kernel(
             by_second += less[:, None] * tl.load(sums + row + m, mask=f < m, other=0.0)[None, :]
             by_second *= past[:, None]
         if CAUSAL:
-            a = exponents(y, factor_k, norm_k, w, f, m, TRIG, SPLIT, HALF, EXACT)
-            first_k, second_k = features(a, top_k, f, m, share, TRIG)
+            first_k, second_k = features_of(y, factor_k, norm_k, top_k, w, f, m, share, TRIG, SPLIT, HALF, EXACT)
             by_first += tl.dot(inner, operand(first_k, HALF), input_precision=PRECISION)
             if TRIG:
                 by_second += tl.dot(inner, operand(second_k, HALF), input_precision=PRECISION)
-        turned = angle_slope(by_first, by_second, first, second, TRIG)
-        if HAS_GATE:
-            if TRIG:
-                flow += tl.sum(by_first * first + by_second * second, axis=1)
-            else:
-                flow += tl.sum(turned, axis=1)
-        total += tl.sum(turned, axis=1)
-        acc += tl.dot(operand(turned, HALF), operand(w, HALF), input_precision=PRECISION)
+        acc, total, flow = add_slopes(
+            acc, total, flow, by_first, by_second, first, second, w, TRIG, HAS_GATE, HALF, PRECISION
+        )
     found = through(acc, total, x, length, root_e, scale, eps, NORMED, TRIG)
     where = grad_query + b.to(tl.int64) * x_b + h.to(tl.int64) * x_h + n.to(tl.int64)[:, None] * x_n + d[None, :]
     tl.store(where, found.to(grad_query.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
@@ -167,8 +185,7 @@ def _key_kernel(
         f = start + tl.arange(0, BLOCK_F)
         w = weight_rows(weights, f, d, m, D)
         row = own * F + f
-        a = exponents(y, factor_k, norm_k, w, f, m, TRIG, SPLIT, HALF, EXACT)
-        first, second = features(a, top_k, f, m, share, TRIG)
+        first, second = features_of(y, factor_k, norm_k, top_k, w, f, m, share, TRIG, SPLIT, HALF, EXACT)
         held = state_rows(parts, row, f < m, dv, DV, HALF)
         by_first = tl.dot(v, tl.trans(held), input_precision=PRECISION)
         by_first += tl.load(sums + row, mask=f < m, other=0.0)[None, :]
@@ -181,14 +198,9 @@ def _key_kernel(
             by_second += tl.load(sums + row + m, mask=f < m, other=0.0)[None, :]
             by_second *= later[:, None]
             acc_v += tl.dot(operand(second, HALF), held, input_precision=PRECISION)
-        turned = angle_slope(by_first, by_second, first, second, TRIG)
-        if HAS_GATE:
-            if TRIG:
-                flow += tl.sum(by_first * first + by_second * second, axis=1)
-            else:
-                flow += tl.sum(turned, axis=1)
-        total += tl.sum(turned, axis=1)
-        acc += tl.dot(operand(turned, HALF), operand(w, HALF), input_precision=PRECISION)
+        acc, total, flow = add_slopes(
+            acc, total, flow, by_first, by_second, first, second, w, TRIG, HAS_GATE, HALF, PRECISION
+        )
     acc_v *= later[:, None]
     if CAUSAL:
         for each in range(0, group):
@@ -197,20 +209,13 @@ def _key_kernel(
             x = rows_at(query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h, n, real, q_n, d, D, HALF)
             slope = rows_at(grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h, n, real, g_n, dv, DV, HALF)
             factor, norm = factors_of(length_of(x), root, half, eps, NORMED)
-            top = n * 0.0
-            if not TRIG:
-                top = tl.load(tops + at, mask=real, other=0.0)
-            log_q = tl.load(logs + at, mask=real, other=float("inf"))
-            log_q = tl.where((log_q == float("inf")) & real, log_floor, log_q)
-            less = tl.load(delta + at, mask=real, other=0.0)
+            top, log_q, less = numbers_of(tops, logs, delta, at, n, real, log_floor, TRIG)
             products = tl.zeros((C, C), tl.float32)
             for start in range(0, m, BLOCK_F):
                 f = start + tl.arange(0, BLOCK_F)
                 w = weight_rows(weights, f, d, m, D)
-                a = exponents(x, factor, norm, w, f, m, TRIG, SPLIT, HALF, EXACT)
-                first, second = features(a, top, f, m, share, TRIG)
-                a = exponents(y, factor_k, norm_k, w, f, m, TRIG, SPLIT, HALF, EXACT)
-                first_k, second_k = features(a, top_k, f, m, share, TRIG)
+                first, second = features_of(x, factor, norm, top, w, f, m, share, TRIG, SPLIT, HALF, EXACT)
+                first_k, second_k = features_of(y, factor_k, norm_k, top_k, w, f, m, share, TRIG, SPLIT, HALF, EXACT)
                 products += tl.dot(operand(first, HALF), tl.trans(operand(first_k, HALF)), input_precision=PRECISION)
                 if TRIG:
                     products += tl.dot(
@@ -226,22 +231,15 @@ def _key_kernel(
             for start in range(0, m, BLOCK_F):
                 f = start + tl.arange(0, BLOCK_F)
                 w = weight_rows(weights, f, d, m, D)
-                a = exponents(x, factor, norm, w, f, m, TRIG, SPLIT, HALF, EXACT)
-                first, second = features(a, top, f, m, share, TRIG)
-                a = exponents(y, factor_k, norm_k, w, f, m, TRIG, SPLIT, HALF, EXACT)
-                first_k, second_k = features(a, top_k, f, m, share, TRIG)
+                first, second = features_of(x, factor, norm, top, w, f, m, share, TRIG, SPLIT, HALF, EXACT)
+                first_k, second_k = features_of(y, factor_k, norm_k, top_k, w, f, m, share, TRIG, SPLIT, HALF, EXACT)
                 by_first = tl.dot(inner, operand(first, HALF), input_precision=PRECISION)
                 by_second = by_first
                 if TRIG:
                     by_second = tl.dot(inner, operand(second, HALF), input_precision=PRECISION)
-                turned = angle_slope(by_first, by_second, first_k, second_k, TRIG)
-                if HAS_GATE:
-                    if TRIG:
-                        flow += tl.sum(by_first * first_k + by_second * second_k, axis=1)
-                    else:
-                        flow += tl.sum(turned, axis=1)
-                total += tl.sum(turned, axis=1)
-                acc += tl.dot(operand(turned, HALF), operand(w, HALF), input_precision=PRECISION)
+                acc, total, flow = add_slopes(
+                    acc, total, flow, by_first, by_second, first_k, second_k, w, TRIG, HAS_GATE, HALF, PRECISION
+                )
     found = through(acc, total, y, length, root_e, scale, eps, NORMED, TRIG)
     where = grad_key + b.to(tl.int64) * x_b + p.to(tl.int64) * x_h + n.to(tl.int64)[:, None] * x_n + d[None, :]
     tl.store(where, found.to(grad_key.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])

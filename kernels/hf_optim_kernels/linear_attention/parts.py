@@ -85,6 +85,15 @@ def features(found, top, f, m, share, TRIG: tl.constexpr):
 
 
 @triton.jit
+def features_of(x, factor, norm, top, w, f, m, share, TRIG: tl.constexpr, SPLIT: tl.constexpr, HALF: tl.constexpr,
+                EXACT: tl.constexpr):  # fmt: skip
+    """Return the features ``f`` of rows x, relative to ``top``, as ``features`` does."""
+    found = exponents(x, factor, norm, w, f, m, TRIG, SPLIT, HALF, EXACT)
+    first, second = features(found, top, f, m, share, TRIG)
+    return first, second
+
+
+@triton.jit
 def sine(turns):
     """Return the sine of angles in turns, to 2e-7.
 

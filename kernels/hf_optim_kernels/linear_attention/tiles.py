@@ -57,11 +57,12 @@ def guessed(direction: str, m: int, size: int, trig: bool, dtype: torch.dtype) -
     """Return tiles for Hopper: a tile of 64 x 64 float32 is 32 registers of each thread of four warps.
 
     Within a chunk the output holds two such tiles and makes two more of features; the gradient of keys holds four, so
-    that of heads of 64 with four warps 600 bytes of a thread were spilled. In half precision the backward reads 64 rows
-    of W at a time, spilled or not: with 32, Triton 3.6 compiles it to code that reads addresses that are not there.
+    that of heads of 64 with four warps 600 bytes of a thread were spilled. In half precision the backward, and the
+    forward of heads above 64, read 64 rows of W at a time, spilled or not: with 32, Triton 3.6 compiles them to code
+    that reads addresses that are not there.
     """
     half = dtype != torch.float32
-    least = 16 if not half else 64 if direction == BACKWARD else 32
+    least = 16 if not half else 32 if direction == FORWARD and size <= 64 else 64
     block = max(least, min(32 if trig else 64, triton.next_power_of_2(m)))
     if not half:  # multiplied outside of the tensor cores
         return Tiles(32, min(block, 32), 8, 1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_optim import Run, Scope, Technique, hookimpl
 from hf_optim.toolkit.distillation import AttentionDistillation
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-    from hf_optim import Run, Technique
+from ._learned import LearnedTechnique
 
 DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")  # names of a setting
 Trains = Literal["all", "learned", "projections"]
@@ -49,3 +49,37 @@ def told(figures: dict[str, Any]) -> str:
         f"squared error fell from {found['before']:.1%} to {found['after']:.1%} of the squared outputs, on average "
         "over the layers."
     )
+
+
+class DistilledTechnique(LearnedTechnique):
+    """Base of the techniques whose attention may learn the outputs of the dense one on calibration data.
+
+    A subclass has these fields; its docstring says what learns.
+
+    Attributes:
+        distill_steps: optimizer steps, one for each calibration batch; 0 for none, which needs no data.
+        distill_rate: highest learning rate of these steps.
+        distill_trains: which weights learn in them.
+    """
+
+    distill_steps: int
+    distill_rate: float
+    distill_trains: Trains
+
+    def needs_data(self) -> bool:
+        return self.distill_steps > 0
+
+    def needs_whole_model(self) -> bool:
+        return self.distill_steps > 0
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        if self.distill_steps:
+            yield from distill(run, self, self.distill_steps, self.distill_rate, self.distill_trains)
+
+
+class FeatureTechnique(DistilledTechnique):
+    """Base of the techniques that sum keys and values by features: weights are not formed, and none are dropped."""
+
+    def initialize(self, run: Run, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+        warn_of_dropout(run, self, model.config)

@@ -42,6 +42,14 @@ def in_blocks(group: Tensor, size: int, groups: int) -> tuple[Tensor, Tensor]:
     return table.unflatten(0, (total, size)), run.clamp_max(groups - 1)
 
 
+def rows_of(part: Tensor, index: Tensor) -> Tensor:
+    """Return the rows of ``part`` at ``index``: ``[*index, ...]``.
+
+    Unlike ``part[index]``, whose gradient sorts the indices and adds up the rows of equal ones one after the other.
+    """
+    return part.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
 def put_back(outs: list[Tensor], items: list[Tensor], count: int) -> Tensor:
     """Return the outputs ``[blocks, size, D]`` of the items ``[blocks, size]``: ``[count, D]``, zero without one."""
     item, out = torch.cat(items).flatten(), torch.cat(outs).flatten(0, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._query_blocks import in_blocks, put_back, slices_of, weights_of
+from ._query_blocks import in_blocks, put_back, rows_of, slices_of, weights_of
 
 LEAST = 16  # places of a block of queries, and keys of a run
 
@@ -99,12 +99,12 @@ def _of_nearest(
     outs, items = [], []
     for part in slices_of(len(table), size * width):
         item, own = table[part], run[part]
-        scores = (q[item.clamp_min(0)] * scale) @ k[own].transpose(1, 2)
+        scores = (rows_of(q, item.clamp_min(0)) * scale) @ rows_of(k, own).transpose(1, 2)
         seen = None if known is None else known[own][:, None]
         if causal:
             before = (item % length)[..., None] >= held.flatten(0, 2)[own][:, None]
             seen = before if seen is None else before & seen
-        out = weights_of(scores, seen, dropout) @ v[own]
+        out = weights_of(scores, seen, dropout) @ rows_of(v, own)
         outs.append(out)
         items.append(item)
     if not outs:
@@ -170,19 +170,22 @@ def last_of_clusters(
     q = query.flatten(0, 2)
     itself = torch.arange(rows * heads * length, device=device).view(rows, heads, length)
     itself = (lane * length + itself % length).flatten()
+    # Gaps read some query or other: the gradients of all of them in one place would wait for each other.
+    filled = torch.where(table < 0, torch.arange(table.numel(), device=device).view_as(table) % len(q), table)
     own_keys, own_values = key.flatten(0, 2), value.flatten(0, 2)
     outs, items = [], []
     for part in slices_of(len(table), 2 * size * size):
         items.append(table[part])
-        item, last = table[part].clamp_min(0), run[part]
+        item, last = filled[part], run[part]
         both = torch.stack([(last - 1).clamp_min(0), last], 1)
-        asked = q[item] * scale
-        scores = asked @ keys[both].flatten(1, 2).transpose(1, 2)
+        asked = rows_of(q, item) * scale
+        scores = asked @ rows_of(keys, both).flatten(1, 2).transpose(1, 2)
         at = (last - 1)[:, None] * size + torch.arange(2 * size, device=device)
         seen = (at[:, None] >= begin[item][..., None]) & (at[:, None] < end[item][..., None])
-        alone = (asked * own_keys[itself[item]]).sum(-1, keepdim=True)
+        alone = (asked * rows_of(own_keys, itself[item])).sum(-1, keepdim=True)
         weights = weights_of(torch.cat([scores, alone], -1), functional.pad(seen, (0, 1), value=True), dropout)
-        out = weights[..., :-1] @ values[both].flatten(1, 2) + weights[..., -1:] * own_values[itself[item]]
+        of_itself = weights[..., -1:] * rows_of(own_values, itself[item])
+        out = weights[..., :-1] @ rows_of(values, both).flatten(1, 2) + of_itself
         outs.append(out)
     if not outs:
         return query.new_zeros(rows, heads, length, value.shape[-1])
@@ -219,7 +222,7 @@ def _sorted_keys(
     if there is not None:  # behind those of all groups
         code = code.masked_fill(~there, rows * heads * clusters * (ahead + length))
     code, order = code.flatten().sort()
-    return key.flatten(0, 2)[order], value.flatten(0, 2)[order], code, ahead
+    return rows_of(key.flatten(0, 2), order), rows_of(value.flatten(0, 2), order), code, ahead
 
 
 def one_step(

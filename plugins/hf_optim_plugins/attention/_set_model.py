@@ -241,10 +241,10 @@ class SetModel(LearnedModel):
         if own is not None and own.pooling is not None:
             add_pooling(self, own.pooling)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call_prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "points" in (getattr(self.config, FIELD, None) or {}):  # type: ignore[attr-defined]
-            return super().__call__(*args, **kwargs)
-        return super(LearnedModel, self).__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().call_prepared(args, kwargs)
+        return super(LearnedModel, self).call_prepared(args, kwargs)
 
     def initialize_weights(self) -> None:
         """Initialize what a checkpoint does not have."""

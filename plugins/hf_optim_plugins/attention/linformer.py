@@ -26,7 +26,7 @@ checkpoint brings its own code. REMOTE_CODE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +41,6 @@ from hf_optim import (
     RecipeError,
     Reload,
     Run,
-    Scope,
     Technique,
     hookimpl,
     option,
@@ -52,8 +51,8 @@ from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _length_projection, _linformer_model
 from ._attach import context_length, require_encoder
-from ._distilling import distill, told
-from ._learned import LearnedTechnique, learned_code
+from ._distilling import DistilledTechnique, told
+from ._learned import learned_code
 
 ENCODERS = "each projected key is made of all tokens of a row, the later ones too; linformer is for encoders"
 
@@ -71,7 +70,7 @@ ENCODERS = "each projected key is made of all tokens of a row, the later ones to
     ),
     reload=Reload.REMOTE_CODE,
 )
-class Linformer(LearnedTechnique):
+class Linformer(DistilledTechnique):
     """Project keys and values along the length of the text.
 
     Attributes:
@@ -122,12 +121,6 @@ class Linformer(LearnedTechnique):
                 "leave out distill_steps, and train the model as a whole"
             )
 
-    def needs_data(self) -> bool:
-        return self.distill_steps > 0
-
-    def needs_whole_model(self) -> bool:
-        return self.distill_steps > 0
-
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         super().check_model(model, label)
         require_encoder(model, ENCODERS, label)
@@ -156,11 +149,6 @@ class Linformer(LearnedTechnique):
 
     def initialize(self, run: Run, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         _linformer_model.share_projections(model)
-
-    @hookimpl
-    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        if self.distill_steps:
-            yield from distill(run, self, self.distill_steps, self.distill_rate, self.distill_trains)
 
     def recompute(self, case: Any) -> dict[str, Any]:
         return {

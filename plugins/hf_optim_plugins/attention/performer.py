@@ -29,11 +29,11 @@ whole. The checkpoint brings its own code. REMOTE_CODE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from hf_optim import (
     Card,
@@ -43,7 +43,6 @@ from hf_optim import (
     RecipeError,
     Reload,
     Run,
-    Scope,
     Technique,
     hookimpl,
     option,
@@ -53,8 +52,8 @@ from hf_optim import (
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _feature_draws, _linear_kernel, _linear_scan, _performer_attention, _performer_model, _recomputed
-from ._distilling import distill, told, warn_of_dropout
-from ._learned import LearnedTechnique, learned_code
+from ._distilling import FeatureTechnique, told
+from ._learned import learned_code
 
 
 @technique(
@@ -70,7 +69,7 @@ from ._learned import LearnedTechnique, learned_code
     ),
     reload=Reload.REMOTE_CODE,
 )
-class Performer(LearnedTechnique):
+class Performer(FeatureTechnique):
     """Estimate softmax attention by positive orthogonal random features, in linear time.
 
     Attributes:
@@ -116,12 +115,6 @@ class Performer(LearnedTechnique):
         if self.distill_trains == "learned" and not self.learned:
             raise RecipeError("performer: distill_trains: learned trains W, which needs learned: true")
 
-    def needs_data(self) -> bool:
-        return self.distill_steps > 0
-
-    def needs_whole_model(self) -> bool:
-        return self.distill_steps > 0
-
     def settings(self, config: PretrainedConfig, sizes: Mapping[str, int], label: str) -> dict[str, Any]:
         if sizes["causal"] and self.kernel == "softmax_authors":
             raise ModelError(
@@ -138,14 +131,6 @@ class Performer(LearnedTechnique):
             "key_heads": sizes["key_heads"],
             "head_width": sizes["head_width"],
         }
-
-    def initialize(self, run: Run, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-        warn_of_dropout(run, self, model.config)
-
-    @hookimpl
-    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        if self.distill_steps:
-            yield from distill(run, self, self.distill_steps, self.distill_rate, self.distill_trains)
 
     def recompute(self, case: Any) -> dict[str, Any]:
         settings = case.config["attention_pattern"]

@@ -27,11 +27,11 @@ whole. The checkpoint brings its own code. REMOTE_CODE.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from hf_optim import (
     Card,
@@ -41,7 +41,6 @@ from hf_optim import (
     RecipeError,
     Reload,
     Run,
-    Scope,
     Technique,
     hookimpl,
     option,
@@ -51,8 +50,8 @@ from hf_optim import (
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _feature_draws, _linear_kernel, _linear_scan, _recomputed, _rfa_attention, _rfa_model
-from ._distilling import distill, told, warn_of_dropout
-from ._learned import LearnedTechnique, learned_code
+from ._distilling import FeatureTechnique, told
+from ._learned import learned_code
 
 
 @technique(
@@ -68,7 +67,7 @@ from ._learned import LearnedTechnique, learned_code
     ),
     reload=Reload.REMOTE_CODE,
 )
-class Rfa(LearnedTechnique):
+class Rfa(FeatureTechnique):
     """Estimate softmax attention by random Fourier features of unit queries and keys, in linear time.
 
     Attributes:
@@ -114,12 +113,6 @@ class Rfa(LearnedTechnique):
             if not math.isfinite(getattr(self, name)):
                 raise RecipeError(f"rfa: {name} must be a finite number")
 
-    def needs_data(self) -> bool:
-        return self.distill_steps > 0
-
-    def needs_whole_model(self) -> bool:
-        return self.distill_steps > 0
-
     def settings(self, config: PretrainedConfig, sizes: Mapping[str, int], label: str) -> dict[str, Any]:
         if self.gate and not sizes["causal"]:
             raise ModelError(
@@ -141,14 +134,6 @@ class Rfa(LearnedTechnique):
             "key_heads": sizes["key_heads"],
             "head_width": sizes["head_width"],
         }
-
-    def initialize(self, run: Run, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-        warn_of_dropout(run, self, model.config)
-
-    @hookimpl
-    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        if self.distill_steps:
-            yield from distill(run, self, self.distill_steps, self.distill_rate, self.distill_trains)
 
     def recompute(self, case: Any) -> dict[str, Any]:
         learned = (".learned.sigma", ".learned.gate_weight", ".learned.gate_bias")

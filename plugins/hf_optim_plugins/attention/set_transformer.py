@@ -26,7 +26,7 @@ A pooling head begins as the mean (``pooling_start``). The checkpoint brings its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +41,6 @@ from hf_optim import (
     RecipeError,
     Reload,
     Run,
-    Scope,
     Technique,
     hookimpl,
     option,
@@ -53,8 +52,8 @@ from hf_optim.toolkit.attention import MOST, set_layers
 
 from . import _induced_attention, _set_model
 from ._attach import context_length, require_encoder, require_self_attention
-from ._distilling import distill, told
-from ._learned import LearnedTechnique, learned_code
+from ._distilling import DistilledTechnique, told
+from ._learned import learned_code
 
 ENCODERS = "an inducing point reads all tokens of a row, the later ones too; set_transformer is for encoders"
 
@@ -72,7 +71,7 @@ ENCODERS = "an inducing point reads all tokens of a row, the later ones too; set
     ),
     reload=Reload.REMOTE_CODE,
 )
-class SetTransformer(LearnedTechnique):
+class SetTransformer(DistilledTechnique):
     """Let tokens attend through learned points, and pool a text by learned seeds.
 
     Attributes:
@@ -125,12 +124,6 @@ class SetTransformer(LearnedTechnique):
         return Contract(
             needs={traits.FLOAT_WEIGHTS}, forbids={traits.QUANTIZED}, keeps={traits.SPARSE, traits.SPARSE_NM}
         )
-
-    def needs_data(self) -> bool:
-        return self.distill_steps > 0
-
-    def needs_whole_model(self) -> bool:
-        return self.distill_steps > 0
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         if self.points is not None:
@@ -191,11 +184,6 @@ class SetTransformer(LearnedTechnique):
             model.config.sentence_vectors = "pooler_output"
             run.report(self, pooling_weights=sum(each.numel() for each in head.parameters()))
         return model
-
-    @hookimpl
-    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        if self.distill_steps:
-            yield from distill(run, self, self.distill_steps, self.distill_rate, self.distill_trains)
 
     def recompute(self, case: Any) -> dict[str, Any]:
         settings, sizes = case.config["attention_pattern"], {}

@@ -29,7 +29,7 @@ The sort networks are weights of the model and need training. The checkpoint bri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -42,7 +42,6 @@ from hf_optim import (
     Paper,
     Reload,
     Run,
-    Scope,
     Technique,
     hookimpl,
     option,
@@ -53,8 +52,8 @@ from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _query_blocks, _recomputed, _sinkhorn_attention, _sinkhorn_model, _sinkhorn_sorting
 from ._attach import context_length, require_encoder
-from ._distilling import distill, told
-from ._learned import LearnedTechnique, learned_code
+from ._distilling import DistilledTechnique, told
+from ._learned import learned_code
 
 CUT = "a cut shows every token the same blocks, later ones too. Leave cut out"
 
@@ -72,7 +71,7 @@ CUT = "a cut shows every token the same blocks, later ones too. Leave cut out"
     ),
     reload=Reload.REMOTE_CODE,
 )
-class Sinkhorn(LearnedTechnique):
+class Sinkhorn(DistilledTechnique):
     """Attend to the own block of tokens and to a block that a learned sorting brings.
 
     Attributes:
@@ -117,17 +116,6 @@ class Sinkhorn(LearnedTechnique):
     @classmethod
     def for_testing(cls) -> Technique:
         return cls.from_dict({"block": 4})
-
-    def needs_data(self) -> bool:
-        return self.distill_steps > 0
-
-    def needs_whole_model(self) -> bool:
-        return self.distill_steps > 0
-
-    @hookimpl
-    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        if self.distill_steps:
-            yield from distill(run, self, self.distill_steps, self.distill_rate, self.distill_trains)
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         super().check_model(model, label)

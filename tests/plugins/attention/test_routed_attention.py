@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from hf_optim_plugins.attention import _query_blocks
 from hf_optim_plugins.attention._centroids import Centroids, directions, fitted
-from hf_optim_plugins.attention._query_blocks import in_blocks
+from hf_optim_plugins.attention._query_blocks import in_blocks, rows_of
 from hf_optim_plugins.attention._routed_attention import (
     kept_of_clusters,
     last_of_clusters,
@@ -283,3 +283,34 @@ def test_the_commitment_loss_is_the_distance_to_the_own_centroid():
     expected = (points - torch.stack(own)).square().mean()
     torch.testing.assert_close(centroids.commitment, expected)
     torch.testing.assert_close(torch.autograd.grad(centroids.commitment, points), torch.autograd.grad(expected, points))
+
+
+def test_rows_are_those_of_an_index():
+    part = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([[4, 0, 0], [2, 4, 4]])
+    found, right = rows_of(part, index), part[index]
+    assert torch.equal(found, right)
+    slope = torch.randn_like(right)
+    gradients = [torch.autograd.grad(each, part, slope)[0] for each in (found, right)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("lengths", [None, SHORT])
+def test_no_gradient_sorts_indices(lengths):
+    """On a GPU, the gradient of ``part[index]`` adds up the rows of equal indices one after the other."""
+    query, key, value = inputs(3)
+    valid = None if lengths is None else torch.arange(LENGTH) < lengths[:, None]
+    random = torch.Generator().manual_seed(0)
+    cluster = [torch.randint(CLUSTERS, (ROWS, n, LENGTH), generator=random) for n in (HEADS, GROUPS)]
+    near = [torch.randn(ROWS, n, CLUSTERS, LENGTH, generator=random, dtype=torch.float64) for n in (HEADS, GROUPS)]
+    outs = [
+        last_of_clusters(query, key, value, tuple(cluster), valid, 5, CLUSTERS, SCALE),
+        top_of_clusters(query, key, value, tuple(near), valid, 4, SCALE, nearest=True),
+    ]
+    todo, names = [out.grad_fn for out in outs], set()
+    while todo:
+        node = todo.pop()
+        names.add(type(node).__name__)
+        todo += [each for each, _ in node.next_functions if each is not None]
+    assert "IndexSelectBackward0" in names
+    assert "IndexBackward0" not in names
