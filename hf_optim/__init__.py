@@ -59,6 +59,11 @@ _HOMES = {
     "GenerationWarning": "generation.door",
     "key_value_cache": "generation.quantized_cache",
     "SegmentStreams": "data.segment_streams",
+    "exits_of": "toolkit.exits",
+    "attach_exits": "toolkit.exits",
+    "ExitSettings": "toolkit.exits",
+    "forward_with_exits": "toolkit.exits",
+    "run_to_exit": "toolkit.exits",
     "KeyValueScheme": "toolkit.quantization",
     "cache_size": "toolkit.quantization",
     "disable_progress_bars": "runs.progress",
@@ -128,6 +133,11 @@ if TYPE_CHECKING:
     from .runs.run import Run as Run
     from .runs.run import run_of as run_of
     from .runs.scope import Scope as Scope
+    from .toolkit.exits import ExitSettings as ExitSettings
+    from .toolkit.exits import attach_exits as attach_exits
+    from .toolkit.exits import exits_of as exits_of
+    from .toolkit.exits import forward_with_exits as forward_with_exits
+    from .toolkit.exits import run_to_exit as run_to_exit
     from .toolkit.experts.bucketed_model import expert_buckets as expert_buckets
     from .toolkit.experts.load import expert_load as expert_load
     from .toolkit.experts.rank_models import expert_exchange as expert_exchange

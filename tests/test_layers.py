@@ -40,6 +40,7 @@ FAMILIES = (
     ("statistics", "attention"),
     ("quantization", "pruning", "permutation", "experts"),
     ("distillation",),
+    ("exits",),
 )
 # What a technique may import of hf_optim (docs/writing-a-technique.md lists them).
 PLUGIN_API = {

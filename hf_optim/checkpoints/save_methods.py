@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..runs.run import find_run
+from ..toolkit.exits import exits_of
 
 _OWN = "_hf_optim_own"  # attribute of a dispatcher: what the class itself had under its name, or None
 Methods = Mapping[str, Callable[..., Any]]
@@ -77,7 +78,7 @@ def _dispatcher(cls: Any, name: str, method: Callable[..., Any]) -> Callable[...
 
     @functools.wraps(getattr(cls, name))
     def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (id(self), name) not in _former.get() and find_run(self) is not None:
+        if (id(self), name) not in _former.get() and (find_run(self) is not None or exits_of(self) is not None):
             return method(self, *args, **kwargs)
         return _inherited(cls, own, self, name)(*args, **kwargs)
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..runs.progress import stage
-from ..runs.run import Run, require_sound, run_of
+from ..runs.run import Run, find_run, require_sound
+from ..toolkit.exits import exits_of, save_exits, store_settings, stored_settings
 from ..trust import code
 from . import save_methods
 from .atomic import replace_directory, use_default_mode
@@ -31,7 +32,7 @@ PROCESSOR_CONFIGS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?$")
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model|exits)[^/]*\.(safetensors|bin)(\.index\.json)?$")
 
 
 def attach_save_methods(run: Run) -> None:
@@ -42,8 +43,24 @@ def attach_save_methods(run: Run) -> None:
 
 
 def detach_save_methods(model: PreTrainedModel) -> None:
-    """Undo ``attach_save_methods``."""
-    save_methods.uninstall(model)
+    """Undo ``attach_save_methods``; a model with exits still writes their file."""
+    if exits_of(model) is None:
+        save_methods.uninstall(model)
+
+
+def attach_exit_save(model: PreTrainedModel) -> None:
+    """Make ``save_pretrained`` of a model with exits write their file too, also without a run."""
+    from .hub import push_to_hub
+
+    save_methods.install(model, {"save_pretrained": _save_pretrained, "push_to_hub": push_to_hub})
+
+
+def save_exits_of(model: PreTrainedModel, directory: Path) -> None:
+    """Write the file of a model's exits, if it has any, and their entry into its configuration, not yet to disk."""
+    if exits_of(model) is not None:
+        save_exits(model, directory)
+    else:
+        store_settings(model.config, None)  # of a model that a step has replaced
 
 
 def save_plain(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:
@@ -62,12 +79,16 @@ def save(run: Run, directory: str | Path, *, measure: Measure | None = None, **k
     Raises ``CheckpointError`` if it cannot be written, or if pruned weights are no longer zero (an adapter was merged
     without the masks); the former content of ``directory`` is then untouched.
     """
+    from ..compressed.packed.accelerate import make_savable
     from ..runs.masking import stray_weights
 
     directory = Path(directory)
     if stray := stray_weights(run):
         raise CheckpointError(_stray_message(run, stray))
+    # A model that was quantized before the run may have been decoded by a forward since.
+    make_savable(run.model)
     with replace_directory(directory, stale=is_weights) as beside:
+        save_exits_of(run.model, beside)
         save_plain(run.model, beside, **kwargs)
         describe(run, beside, measure)
     return directory
@@ -136,7 +157,10 @@ def is_weights(name: str) -> bool:
 
 def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
     """Save with transformers' own method; the record, the card and the steps' files are written beside."""
-    run = run_of(model)
+    run = find_run(model)
+    if run is None:
+        _save_with_exits(model, save_directory, *args, **kwargs)
+        return
     main = args[0] if args else kwargs.get("is_main_process", True)
     require_sound(run)
     if not main:
@@ -149,9 +173,21 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
         save(run, save_directory, **kwargs)
     else:
         # A checkpoint in mid-training: plain and quick, and marked as unfinished by its record.
+        if stored_settings(model.config) is not None:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            save_exits_of(model, Path(save_directory))
         save_plain(model, save_directory, **kwargs)
         use_default_mode(path for path in Path(save_directory).iterdir() if is_weights(path.name))
         drop_unused_code(run, Path(save_directory))
         run.record.write(Path(save_directory))
     if push:
         model.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
+
+
+def _save_with_exits(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """Save a model without a run, with transformers' own method, and the file of its exits."""
+    main = args[0] if args else kwargs.get("is_main_process", True)
+    if main:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        save_exits_of(model, Path(save_directory))
+    save_methods.call_former(model, "save_pretrained", save_directory, *args, **kwargs)

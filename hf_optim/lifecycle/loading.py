@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.read_errors import readable_errors
+from ..checkpoints.saving import attach_exit_save
 from ..checkpoints.source import name_of_load
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import DataConfig, OptimConfig
@@ -29,6 +31,7 @@ from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
 from ..toolkit.checkpoint.stored_codes import require_known_format
 from ..trust.bounds import shown
 from ..trust.code import may_run, require_no_kernels
+from ..trust.lookup import Where
 from ..trust.weights import checked_weights
 from .stages import attach_model, require_data, run_stages, start_run
 
@@ -75,6 +78,7 @@ def load(
     new_heads = NewHeads.ALL if trains else NewHeads.CLASSIFIERS
     model, info = _load_placed(stock, source, args, run.config, files, kwargs, new_heads)
     run.loading = False
+    _attach_exits(model, source, kwargs)
     attach_model(run, model, source, kwargs.get("revision"))
     if files:
         run.record.measured["before"] = {"bytes_on_disk": sum(path.stat().st_size for path in files)}
@@ -130,6 +134,7 @@ def optimize(
     _refuse_streamed(recipe)
     require_model(model)
     own_configs(model)
+    _find_exits(model)
     run = start_run(recipe, model.config)
     run.tokenizer, run.journal, run.dense, run.announce = tokenizer, journal, dense, announce
     run.device = torch.device(device) if device is not None else None
@@ -241,7 +246,42 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
         accelerate(model)
     attach_stored_settings(model)
     (attach_experts if given_experts is None else detach_experts)(model)
+    _attach_exits(model, source, kwargs)
     return (model, info) if wants_info else model
+
+
+def _attach_exits(model: PreTrainedModel, source: Any, kwargs: Mapping[str, Any]) -> None:
+    """Give a model that was loaded the exits of its checkpoint, if its configuration describes some."""
+    from ..toolkit.exits import FILE, attach_stored_exits, stored_settings
+
+    if stored_settings(model.config) is None:
+        return
+    home = None
+    if source is not None:
+        lookup = {key: kwargs.get(key) for key in LOOKUP if key != "subfolder"}
+        home = Where(os.fspath(source), kwargs.get("subfolder") or "", lookup).home_of(FILE)
+        home = Path(source, kwargs.get("subfolder") or "") if home is None else home
+    attach_stored_exits(model, home)
+    attach_exit_save(model)
+
+
+def _find_exits(model: PreTrainedModel) -> None:
+    """Give a model that is in memory the exits of its checkpoint; drop their entry, and say so, if it is not there."""
+    from ..toolkit.exits import FILE, attach_stored_exits, exits_of, store_settings, stored_settings
+
+    if exits_of(model) is not None or stored_settings(model.config) is None:
+        return
+    source = str(getattr(model.config, "_name_or_path", "") or "")
+    if os.path.lexists(os.path.join(source, FILE)):
+        attach_stored_exits(model, source)
+        return
+    log.warning(
+        "the configuration of this %s describes early exits, whose file %s is not beside its weights: the result will "
+        "have none. Load it with from_pretrained(optim_config=...) to keep them",
+        type(model).__name__,
+        FILE,
+    )
+    store_settings(model.config, None)
 
 
 def _given_experts(kwargs: Mapping[str, Any]) -> Any:

@@ -28,6 +28,7 @@ from ...recipes.config import OptimConfig
 from ...runs.run import Run
 from ...runs.work_files import digest_file
 from ...toolkit import topology
+from ...toolkit.exits import copy_exits
 
 
 class StreamedJob:
@@ -88,6 +89,7 @@ class StreamedJob:
         run, model = self.run, self._described()
         with replace_directory(directory, stale=saving.is_weights) as beside:
             self._write_config(model, beside)
+            copy_exits(model.config, self.files[0].parent, beside)
             for path in self.output.shards:
                 _link(path, beside / path.name)
             index = self.output.index(model.num_parameters())

@@ -114,7 +114,7 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
     if inner is not None:
         fuse_norms(inner, fuse_projections(inner))
     model.__dict__[UNSUPPORTED] = {name: reason for name, reason in unsupported.items() if reason}
-    _make_savable(model)
+    make_savable(model)
     _warn_unsupported({name: reason for name, reason in unsupported.items() if reason not in ("", NOT_COMPRESSED)})
 
 
@@ -133,7 +133,7 @@ def _pack_experts(model: nn.Module, kernels: tuple[Kernel, ...]) -> dict[str, st
     return found
 
 
-def _make_savable(model: nn.Module) -> None:
+def make_savable(model: nn.Module) -> None:
     """Make ``save_pretrained`` write the stored format of packed layers, also of a model that others quantized.
 
     The same for layers that stock transformers loaded and that were only decompressed: it would save their dense
