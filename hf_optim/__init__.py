@@ -70,7 +70,12 @@ _HOMES = {
     "enable_progress_bars": "runs.progress",
 }
 # Public modules.
-_MODULES = {"traits": "recipes.traits", "compressed": "compressed", "remote_code": "checkpoints.remote_code"}
+_MODULES = {
+    "traits": "recipes.traits",
+    "compressed": "compressed",
+    "early_exit": "generation.early_exit",
+    "remote_code": "checkpoints.remote_code",
+}
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 
@@ -109,6 +114,7 @@ if TYPE_CHECKING:
     from .errors import RankError as RankError
     from .errors import RecipeError as RecipeError
     from .evaluation.cards.card import Card as Card
+    from .generation import early_exit as early_exit
     from .generation.door import GenerationWarning as GenerationWarning
     from .generation.door import generate as generate
     from .generation.quantized_cache import key_value_cache as key_value_cache

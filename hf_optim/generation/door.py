@@ -16,6 +16,7 @@ from ..toolkit import compat
 from . import sessions
 from .attention import on_kernel
 from .capture import CaptureError, CaptureMemoryError, has_graphs, random_state, set_random_state
+from .early_exit import door as early_exits
 from .inputs import most_positions, require_device, require_room
 from .loop import Decoding, WrongStep
 from .quantized_cache import reads_codes, with_wanted_cache
@@ -40,6 +41,7 @@ def generate(
     mode: str = "auto",
     streamer: Any = None,
     synced_gpus: bool = False,
+    early_exit: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Generate as ``model.generate`` does, with the decoding step captured as one CUDA graph.
@@ -61,6 +63,9 @@ def generate(
     the reason. So do models on a CPU, without a warning. Greedy tokens are those of transformers up to rounding;
     samples are reproducible for a seed.
 
+    A model whose configuration names early exits (``calm``) decodes with them, unless ``mode`` is ``stock``: outside of
+    graphs, and without another loop for calls that exits do not serve, which are refused.
+
     Args:
         model: a model with ``generate``.
         input_ids, logits_processor, stopping_criteria, generation_config, kwargs: as for ``model.generate``.
@@ -69,6 +74,7 @@ def generate(
             same buffers without a graph, on any device; ``stock`` is transformers' loop.
         streamer: gets tokens while they are generated, a few steps late.
         synced_gpus: as for ``model.generate``; runs in transformers' loop.
+        early_exit: an ``early_exit.EarlyExit`` in place of the one in the configuration; False for none.
 
     Returns what ``model.generate`` returns: tokens ``[rows, P + n]``, or with ``return_dict_in_generate`` an
     output with ``sequences``, ``scores``, ``logits`` and the cache. Raises ``ModelError`` for an unknown mode, inputs
@@ -81,7 +87,7 @@ def generate(
         streamer = streamer if streamer is not None else given.get("streamer")
         return _generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config, mode, streamer, synced_gpus,
-            given.get("assistant_model"), kwargs,
+            given.get("assistant_model"), kwargs, early_exit,
         )  # fmt: skip
     for name, value in (
         ("input_ids", input_ids),
@@ -96,7 +102,7 @@ def generate(
     if synced_gpus:
         kwargs["synced_gpus"] = True
     require_device(model, kwargs)
-    return model.generate(**kwargs, custom_generate=partial(generate, mode=mode))
+    return model.generate(**kwargs, custom_generate=partial(generate, mode=mode, early_exit=early_exit))
 
 
 def _add_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
@@ -133,11 +139,16 @@ def _generate(
     synced_gpus: bool,
     assistant: Any,
     kwargs: dict[str, Any],
+    early_exit: Any = None,
 ) -> Any:
     assert input_ids is not None
     require_device(model, {"input_ids": input_ids, **kwargs})
     require_room(input_ids, criteria, kwargs)
     kwargs = with_wanted_cache(model, kwargs)
+    if mode != "stock" and (settings := early_exits.wanted(model, early_exit)) is not None:
+        return early_exits.generate(
+            model, input_ids, processors, criteria, config, streamer, synced_gpus, assistant, kwargs, settings
+        )
 
     def stock() -> Any:
         loop = compat.decoding_method(model, config, assistant)

@@ -1,0 +1,150 @@
+"""The threshold of early exits, calibrated by Learn-then-Test on prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import DataError, ModelError
+from .distances import DISTANCES
+from .door import custom, weights_of
+from .learn_then_test import Tested, fixed_sequence, least_examples, nearest_bound
+from .settings import Certificate, EarlyExit, certified_settings
+from .stack import Stack
+
+GUARANTEES = ("consistency", "risk")
+# Prompts that are generated together.
+ROWS = 32
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is to be guaranteed.
+
+    Attributes:
+        delta: the most that the expected loss may be.
+        epsilon: the probability that the result is wrong.
+        guarantee: ``"consistency"`` with the full model's output, or ``"risk"`` against references.
+        distance: ``"rouge_l"`` or ``"edit_distance"``.
+        candidates: thresholds to test, from the highest down.
+    """
+
+    delta: float
+    epsilon: float
+    guarantee: str = "consistency"
+    distance: str = "rouge_l"
+    candidates: tuple[float, ...] = ()
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any, prompts: Sequence[Tensor], bound: Bound, settings: EarlyExit, references: Sequence[Tensor] = ()
+) -> EarlyExit:
+    """Return settings with the lowest threshold that the bound is proven for, and its certificate.
+
+    Args:
+        model: the decoder, with the weights that it will have.
+        prompts: tokens ``[n]`` of each prompt, all equally long; independent draws from what the guarantee is for.
+        bound: what is to be guaranteed.
+        settings: all but the threshold.
+        references: tokens of each prompt's continuation, for ``"risk"``.
+
+    Raises ``ModelError`` for a bound that cannot be proven, with the nearest that can be, and ``DataError`` for
+    prompts that cannot be used.
+    """
+    _require(prompts, bound, references)
+    settings = replace(settings, layers=Stack(model, settings).layers, certificate=None)
+    full = outputs(model, prompts, None, settings.length)
+    distance = DISTANCES[bound.distance]
+    before = [distance(found, list(each)) for found, each in zip(full, _lists(references), strict=False)]
+
+    def losses() -> Iterator[tuple[float, list[float]]]:
+        for threshold in bound.candidates:
+            found = outputs(model, prompts, replace(settings, threshold=threshold), settings.length)
+            yield threshold, loss_of_each(found, full, _lists(references), before, bound)
+
+    chosen, tested = fixed_sequence(losses(), bound.delta, bound.epsilon)
+    if chosen is None:
+        raise ModelError(_why_unproven(tested[0], len(prompts), bound))
+    settings = replace(settings, threshold=chosen.threshold)
+    certificate = Certificate(
+        bound.guarantee, bound.distance, bound.delta, bound.epsilon, len(prompts), chosen.mean, chosen.p_value,
+        tuple((each.threshold, each.mean, each.p_value) for each in tested),
+        certified_settings(settings), weights_of(model), len(prompts[0]),
+    )  # fmt: skip
+    return replace(settings, certificate=certificate)
+
+
+def loss_of_each(
+    found: Sequence[list[int]], full: Sequence[list[int]], references: Sequence[list[int]], before: Sequence[float],
+    bound: Bound,
+) -> list[float]:  # fmt: skip
+    """Return the loss of each early output: its distance from the full one, or the distance that it adds."""
+    distance = DISTANCES[bound.distance]
+    if bound.guarantee == "consistency":
+        return [distance(a, b) for a, b in zip(found, full, strict=True)]
+    return [max(0.0, distance(a, b) - c) for a, b, c in zip(found, references, before, strict=True)]
+
+
+@torch.no_grad()
+def outputs(model: Any, prompts: Sequence[Tensor], settings: EarlyExit | None, length: int) -> list[list[int]]:
+    """Return greedy continuations of prompts, up to their end, without padding; at full depth without settings."""
+    found: list[list[int]] = []
+    method = {} if settings is None else {"custom_generate": custom(settings)}
+    ends = model.generation_config.eos_token_id
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    pad = model.generation_config.pad_token_id
+    pad = pad if pad is not None else next(iter(sorted(ends)), 0)
+    for start in range(0, len(prompts), ROWS):
+        ids = torch.stack(list(prompts[start : start + ROWS])).to(model.device)
+        tokens = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, num_beams=1,
+            pad_token_id=pad, **method,
+        )  # fmt: skip
+        found += [_until(row, ends) for row in tokens[:, ids.shape[1] :].tolist()]
+    return found
+
+
+def _until(row: list[int], ends: set[int]) -> list[int]:
+    place = next((place for place, token in enumerate(row) if token in ends), len(row))
+    return row[: place + 1]
+
+
+def _lists(references: Sequence[Tensor]) -> list[list[int]]:
+    return [each.tolist() for each in references]
+
+
+def _require(prompts: Sequence[Tensor], bound: Bound, references: Sequence[Tensor]) -> None:
+    if not prompts:
+        raise DataError("there are no prompts to calibrate on")
+    if len({len(each) for each in prompts}) > 1 or not len(prompts[0]):
+        raise DataError("the prompts to calibrate on must be equally long, with at least one token")
+    if bound.guarantee == "risk" and len(references) != len(prompts):
+        raise DataError("a bound on the risk needs the reference of each prompt")
+    least = least_examples(bound.delta, bound.epsilon)
+    if len(prompts) < least:
+        nearest = nearest_bound(0.0, len(prompts), bound.epsilon)
+        raise ModelError(
+            f"{len(prompts)} prompts prove no bound of {bound.delta:g} at epsilon {bound.epsilon:g}, even without any "
+            f"loss: that takes {least}"
+            + ("" if nearest is None else f"; the lowest bound that {len(prompts)} can prove is {nearest:.3g}")
+        )
+
+
+def _why_unproven(first: Tested, count: int, bound: Bound) -> str:
+    nearest = nearest_bound(first.mean, count, bound.epsilon)
+    could = (
+        "no bound below 1 can be proven"
+        if nearest is None
+        else f"the nearest bound that can be proven is {nearest:.3g}"
+    )
+    return (
+        f"the bound of {bound.delta:g} on {bound.guarantee} ({bound.distance}) cannot be proven at epsilon "
+        f"{bound.epsilon:g}: at the highest threshold, {first.threshold:g}, the mean loss of {count} prompts is "
+        f"{first.mean:.3g} (p-value {first.p_value:.2g}); {could}. Raise delta or the threshold, train the exits, or "
+        "use lossless decoding"
+    )

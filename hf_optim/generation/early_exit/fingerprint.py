@@ -1,0 +1,45 @@
+"""The weights that a certificate is for, as one number: equal for a model and its checkpoint, on any device."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...toolkit.exits import exits_of
+
+# Elements of a weight that are read: all sums would read the whole model.
+SAMPLED = 4096
+
+
+def fingerprint(model: Any) -> str:
+    """Return a hash, in hexadecimal, of up to 4096 values of each weight, in the dtype they are computed in.
+
+    The weights of exits count. Packed weights are read as the numbers that their codes stand for. A change of few
+    values of a large weight may be missed; training, pruning, quantizing or another dtype is not.
+    """
+    found = hashlib.sha256()
+    for name, weight in sorted(_weights(model).items()):
+        flat = weight.detach().reshape(-1)
+        flat = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED]
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        found.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Return the floating-point weights by name, tied ones under each of their names."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        held = {key: value for key, value in module._parameters.items() if value is not None}
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            held["weight"] = weight
+        prefix = f"{name}." if name else ""
+        found |= {f"{prefix}{key}": value for key, value in held.items() if value.is_floating_point()}
+    if (exits := exits_of(model)) is not None:
+        found |= {f"exits.{name}": value for name, value in exits.state_dict().items()}
+    # Scales of a quantized weight are in the numbers that they give.
+    return {name: value for name, value in found.items() if not name.endswith(("_scale", "_zero_point", "_g_idx"))}
