@@ -20,7 +20,7 @@ PERMUTES = {"channel_permutation", "peg"}
 
 STOCK_CLASS = {"awq", "gobo", "local", "peg", "smoothquant", "structured", "upcycle"}
 STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierarchical_all_to_all", "tutel"}
-STOCK_CLASS |= {"moefication", "pr_moe", "task_moe", "vmoe"}
+STOCK_CLASS |= {"moefication", "pr_moe", "sparse_ffn", "task_moe", "vmoe"}
 STOCK_CLASS |= {"act", "adaptive_span", "axial", "big_bird", "blockwise", "compressed", "compressive_transformer"}
 STOCK_CLASS |= {"dilated", "etc", "linformer", "longformer", "performer", "reformer", "rfa", "routing_transformer"}
 STOCK_CLASS |= {"set_transformer", "sinkhorn", "sparse_transformer", "strided", "transformer_xl"}
@@ -28,7 +28,7 @@ STOCK_CLASS |= {"universal_transformer"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = dict.fromkeys(
-    ["act", "moefication", "pr_moe", "task_moe", "universal_transformer", "upcycle", "vmoe"],
+    ["act", "moefication", "pr_moe", "sparse_ffn", "task_moe", "universal_transformer", "upcycle", "vmoe"],
     "does not support a model that routes tokens to experts",
 )
 REFUSES |= dict.fromkeys(["big_bird", "linformer", "set_transformer"], "is causal")

@@ -57,6 +57,7 @@ def launch(
     key: tuple,
     device: Any = None,
     registers: int = 0,
+    early: int = 0,
 ) -> None:
     """Run ``kernel`` on the current stream of its tensors' device, and note it in a running ``record``.
 
@@ -70,21 +71,22 @@ def launch(
             options, the alignment of pointers and what Triton specializes of integers (1, multiples of 16).
         device: of the tensors; None takes that of the first argument, a tensor.
         registers: most registers of a thread; 0: as many as the compiler takes.
+        early: 1 if the kernel may begin before the launch before it has ended, which it awaits itself (``gdc_wait``).
     """
     device, compiled = device or args[0].device, None
     if device.type != "cuda" or is_interpreted(kernel):
-        kernel[grid](*args, **constants, **_options(num_warps, num_stages, registers))
+        kernel[grid](*args, **constants, **_options(num_warps, num_stages, registers, early))
     elif device.index != current_device():
         with torch.cuda.device(device):
             return launch(
                 kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key, device=device,
-                registers=registers,
+                registers=registers, early=early,
             )  # fmt: skip
     else:
         full_key = (id(kernel), device.index, key)
         compiled = _COMPILED.get(full_key)
         if compiled is None:
-            made = kernel[grid](*args, **constants, **_options(num_warps, num_stages, registers))
+            made = kernel[grid](*args, **constants, **_options(num_warps, num_stages, registers, early))
             compiled = _COMPILED[full_key] = Compiled(made, constants)
         else:
             # Addresses instead of tensors: the launcher would query the driver for each pointer.
@@ -94,9 +96,10 @@ def launch(
         RECORDER.log.append((compiled, grid, args))
 
 
-def _options(warps: int, stages: int, registers: int) -> dict[str, int]:
+def _options(warps: int, stages: int, registers: int, early: int) -> dict[str, int | bool]:
     """Return compile options as Triton names them."""
-    return {"num_warps": warps, "num_stages": stages, **({"maxnreg": registers} if registers else {})}
+    more = {"maxnreg": registers} if registers else {}
+    return {"num_warps": warps, "num_stages": stages, **more, **({"launch_pdl": True} if early else {})}
 
 
 def is_aligned(*tensors: Tensor) -> bool:
