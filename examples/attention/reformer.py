@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import hf_optim
 from hf_optim.evaluation.evaluate import perplexity
-from hf_optim_plugins.attention._lsh_attention import lsh_attention
-from hf_optim_plugins.attention._lsh_hashing import draw_rotations, hash_vectors
-from hf_optim_plugins.attention._lsh_places import LshScheme
+from hf_optim.toolkit.attention.lsh_chunks import lsh_attention
+from hf_optim.toolkit.attention.lsh_hashing import draw_rotations, hash_vectors
+from hf_optim.toolkit.attention.lsh_places import LshScheme
 
 HEADS, SIZE, CHUNK = 12, 64, 64
 TIMED = {

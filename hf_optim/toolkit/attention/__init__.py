@@ -1,6 +1,6 @@
 """Sparse attention: patterns as data, and everything that follows from one."""
 
-from ..modules import mixed, mixed_classes, remote_code_guard
+from ..modules import mixed, mixed_classes, remote_code_guard, reversible
 from . import (
     attachment,
     attend,
@@ -15,8 +15,16 @@ from . import (
     kept,
     layout,
     learned,
+    lsh_chunks,
+    lsh_cuts,
+    lsh_flash,
+    lsh_hashing,
+    lsh_kernel,
+    lsh_layer,
+    lsh_places,
     model_caches,
     pattern,
+    reversible_layers,
     row_state,
     rows,
     set_layers,
@@ -33,6 +41,7 @@ from .attachment import (
     number_layers,
     read_mask,
     require_all_keys,
+    require_no_weights,
     with_bias,
 )
 from .attend import HeadPatterns, masked_attention, seen_mask
@@ -52,6 +61,11 @@ from .global_tokens import Pieces
 from .head_caches import HeadGroupsLayer, groups_of
 from .kept import Kept, kept_attention, take_tokens
 from .learned import PART, LearnedAttachment, LearnedConfig, LearnedModel, add_parts, attentions, initialize_part
+from .lsh_chunks import lsh_attention, unit_keys
+from .lsh_hashing import WIDEST, draw_rotations, hash_vectors
+from .lsh_layer import LshAttachment, NoKeys, drop_key_projections
+from .lsh_places import BUCKET, MOST_BUCKETS, PAPER, TRAX, LshScheme
+from .model_caches import call_uncompiled
 from .pattern import Pattern, visible
 from .proof import (
     Called,
@@ -64,6 +78,17 @@ from .proof import (
     require_self_attention,
 )
 from .reach import attends_to_the_far_end, hidden_states, is_causal, perturbed, relative_difference
+from .reversible_layers import (
+    ReversibleLayer,
+    add_streams,
+    arguments_of,
+    branch_of,
+    layers_with,
+    names_of_layers,
+    returns_tuple,
+    without_cache,
+)
+from .reversible_proof import layout_of, prove_layout
 from .row_state import Call, NewTokens, TensorState
 from .rows import SEGMENTS, Apart, Rows
 from .set_layers import ISAB, MAB, PMA, SAB, attend_to_set
@@ -79,22 +104,31 @@ STORED = (
 )  # fmt: skip
 GLOBAL_TOKENS = (global_tokens, global_models)  # in addition, of techniques with global tokens
 LEARNED = (row_state, state_cache, learned)  # in addition, of attention with learned parts and a state
+LSH_PAGES = (  # in addition, of techniques with LSH attention and reversible layers
+    reversible, lsh_hashing, lsh_places, lsh_cuts, lsh_flash, lsh_kernel, lsh_chunks, lsh_layer, reversible_layers,
+)  # fmt: skip
 BY_DISTANCE = (distance_bias, head_caches)  # in addition, of techniques with a bias by distance and caches by head
 
 __all__ = [
+    "BUCKET",
     "BY_DISTANCE",
     "FIELD",
     "GLOBAL_TOKENS",
     "ISAB",
     "LARGEST",
     "LEARNED",
+    "LSH_PAGES",
     "MAB",
     "MOST",
+    "MOST_BUCKETS",
+    "PAPER",
     "PART",
     "PMA",
     "SAB",
     "SEGMENTS",
     "STORED",
+    "TRAX",
+    "WIDEST",
     "Apart",
     "Attachment",
     "Band",
@@ -113,7 +147,10 @@ __all__ = [
     "LearnedAttachment",
     "LearnedConfig",
     "LearnedModel",
+    "LshAttachment",
+    "LshScheme",
     "NewTokens",
+    "NoKeys",
     "Pattern",
     "PatternConfig",
     "PatternLayer",
@@ -123,6 +160,7 @@ __all__ = [
     "ProbedCall",
     "Proved",
     "ReadSettings",
+    "ReversibleLayer",
     "Rows",
     "Segments",
     "ShiftedChunks",
@@ -131,23 +169,36 @@ __all__ = [
     "TensorState",
     "Term",
     "add_parts",
+    "add_streams",
+    "arguments_of",
     "attachment",
     "attend",
     "attend_biased",
     "attend_to_set",
     "attends_to_the_far_end",
     "attentions",
+    "branch_of",
+    "call_uncompiled",
     "chosen",
     "context_length",
     "differ_by_row",
+    "draw_rotations",
+    "drop_key_projections",
     "flag",
     "groups_of",
+    "hash_vectors",
     "hidden_states",
     "initialize_part",
     "is_causal",
     "kept_attention",
+    "layers_with",
+    "layout_of",
+    "lsh_attention",
+    "lsh_chunks",
+    "lsh_flash",
     "masked_attention",
     "mixed",
+    "names_of_layers",
     "nearest_keys",
     "number_layers",
     "patterns_of",
@@ -155,11 +206,14 @@ __all__ = [
     "probe",
     "projections_of",
     "prove",
+    "prove_layout",
     "read_mask",
     "relative_difference",
     "require_all_keys",
+    "require_no_weights",
     "require_on_interface",
     "require_self_attention",
+    "returns_tuple",
     "seen_mask",
     "set_layers",
     "share_of_attention",
@@ -167,9 +221,11 @@ __all__ = [
     "static_tokens",
     "take_tokens",
     "tokens_kept",
+    "unit_keys",
     "visible",
     "whole",
     "wholes",
     "with_bias",
     "with_static",
+    "without_cache",
 ]

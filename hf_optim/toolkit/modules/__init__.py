@@ -19,10 +19,11 @@ from .modes import eval_mode
 from .own_loss import read_own_loss, watch_own_loss
 from .remote_code_guard import RefusedByStock
 from .replace import ReplacedModules
-from .reversible import Streams, recall, reversible_step
+from .reversible import Branch, Streams, recall, reversible_step
 from .tied_blocks import Passage, Step, TiedModel, block_of_step, hidden_and_rest, read_tied_blocks, tie_blocks
 
 __all__ = [
+    "Branch",
     "CodedExperts",
     "Passage",
     "RefusedByStock",

@@ -52,24 +52,20 @@ from hf_optim import (
     traits,
 )
 from hf_optim.checkpoints.remote_code import RemoteCode
-from hf_optim.toolkit.attention import attentions
-from hf_optim.toolkit.modules import reversible as reversible_steps
+from hf_optim.toolkit.attention import (
+    BUCKET,
+    LSH_PAGES,
+    MOST_BUCKETS,
+    PAPER,
+    attentions,
+    layout_of,
+    prove_layout,
+)
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
-from . import (
-    _lsh_attention,
-    _lsh_cuts,
-    _lsh_flash,
-    _lsh_hashing,
-    _lsh_kernel,
-    _lsh_model,
-    _lsh_places,
-    _reversible_layers,
-)
+from . import _lsh_model
 from ._attach import context_length
 from ._learned import LearnedTechnique, learned_code
-from ._lsh_places import BUCKET, MOST_BUCKETS, PAPER
-from ._reversible_proof import layout_of, prove_layout
 from ._shared_qk import QUERY, heads_of, key_projection, share_
 
 LARGEST_FACTOR = 128  # more buckets are two hashes, as in the authors' code
@@ -120,17 +116,7 @@ class Reformer(LearnedTechnique):
     attachment = _lsh_model.LSH
     remote_code: ClassVar[RemoteCode] = learned_code(
         "reformer",
-        (
-            reversible_steps,
-            _lsh_hashing,
-            _lsh_places,
-            _lsh_cuts,
-            _lsh_flash,
-            _lsh_kernel,
-            _lsh_attention,
-            _reversible_layers,
-            _lsh_model,
-        ),
+        (*LSH_PAGES, _lsh_model),
         _lsh_model.ReformerBase.__name__,
         _lsh_model.LshModel.__name__,
     )

@@ -11,15 +11,15 @@ import torch
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from hf_optim_plugins.attention import _lsh_attention, _lsh_flash
-from hf_optim_plugins.attention._lsh_attention import (
+from hf_optim.toolkit.attention import lsh_chunks, lsh_flash
+from hf_optim.toolkit.attention.lsh_chunks import (
     attention_behind,
     full_shared_attention,
     lsh_attention,
     unit_keys,
 )
-from hf_optim_plugins.attention._lsh_hashing import draw_rotations, hash_vectors
-from hf_optim_plugins.attention._lsh_places import LshScheme, codes_of, with_padding
+from hf_optim.toolkit.attention.lsh_hashing import draw_rotations, hash_vectors
+from hf_optim.toolkit.attention.lsh_places import LshScheme, codes_of, with_padding
 
 CHUNK = 5
 SCHEMES = {
@@ -104,9 +104,9 @@ def oracle(query, value, buckets, scheme, causal):
 def test_outputs_and_gradients_are_those_of_the_formula(name, causal, after, flash, monkeypatch):
     scheme = replace(SCHEMES[name], after=after)
     if flash:
-        monkeypatch.setattr(_lsh_flash, "AT_ONCE", 1)  # each head by itself
+        monkeypatch.setattr(lsh_flash, "AT_ONCE", 1)  # each head by itself
     else:
-        monkeypatch.setattr(_lsh_attention, "has_flash", lambda query, value: False)
+        monkeypatch.setattr(lsh_chunks, "has_flash", lambda query, value: False)
     query, value = inputs(23, rows=1, width=3 if flash else 6)
     query, value = query.requires_grad_(), value.requires_grad_()
     buckets = buckets_for(query, scheme)
@@ -268,7 +268,7 @@ def test_the_kernel_gets_what_it_computes(name, causal, monkeypatch):
     lengths = torch.tensor([23, 16]) if name == "paper" else None
     buckets, calls = buckets_for(query, scheme), []
     expected = lsh_attention(query, value, buckets, scheme, causal, lengths)
-    monkeypatch.setattr(_lsh_attention, "bucket_kernel", lambda *given: calls.append(given) or Kernel)
+    monkeypatch.setattr(lsh_chunks, "bucket_kernel", lambda *given: calls.append(given) or Kernel)
     found = lsh_attention(query, value, buckets, scheme, causal, lengths)
     assert calls
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-9)

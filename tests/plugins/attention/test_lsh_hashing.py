@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_optim_plugins.attention._lsh_hashing import WIDEST, draw_rotations, hash_vectors
+from hf_optim.toolkit.attention.lsh_hashing import WIDEST, draw_rotations, hash_vectors
 
 
 def vectors(count, width=8, dtype=torch.float32):

@@ -27,7 +27,7 @@ import hf_optim
 from hf_optim import ModelError, RecipeError
 from hf_optim.toolkit import compat
 from hf_optim.toolkit.attention import attentions
-from hf_optim_plugins.attention._lsh_hashing import draw_rotations, hash_vectors
+from hf_optim.toolkit.attention.lsh_hashing import draw_rotations, hash_vectors
 from hf_optim_plugins.attention._lsh_model import scheme_of
 from hf_optim_plugins.attention.reformer import Reformer
 
@@ -320,7 +320,7 @@ def test_memory_of_activations_does_not_grow_with_the_layers(reversible):
 
 def test_buckets_of_the_forward_are_those_of_the_backward(monkeypatch):
     model = reformer(tiny_llama(), reversible=True).train()
-    module, calls = sys.modules["hf_optim_plugins.attention._lsh_model"], []
+    module, calls = sys.modules["hf_optim.toolkit.attention.lsh_layer"], []
     monkeypatch.setattr(module, "hash_vectors", lambda *given: calls.append(1) or hash_vectors(*given))
     loss = model(IDS, labels=IDS, use_cache=False).loss
     assert len(calls) == 2

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._lsh_places import PAPER, TRAX, LshScheme
+from .lsh_places import PAPER, TRAX, LshScheme
 
 LSH_KERNEL = "hf_optim_kernels.bucket_attention.op"  # where it is installed
 

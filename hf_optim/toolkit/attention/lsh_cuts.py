@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._lsh_places import NOWHERE, LshScheme, codes_in_order, seen_in_round, sorted_tokens
+from .lsh_places import NOWHERE, LshScheme, codes_in_order, seen_in_round, sorted_tokens
 
 
 class LshCut:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from hf_optim.toolkit.modules import Streams, mixed, reversible_step
+from ..modules import Branch, Streams, mixed, reversible_step
 
 STREAMS = "hf_optim_streams"  # attribute of the output of a layer
 
@@ -64,6 +64,17 @@ class ReversibleLayer(nn.Module):
                     "changed the hidden states: keep the layers on one device, and in one dtype"
                 )
             streams = Streams.of(hidden)
+        streams = reversible_step(streams, *self.branches(given), random=self.training)
+        out = streams.mean()
+        setattr(out, STREAMS, streams)
+        return (out,) if returns_tuple(stock) else out
+
+    def branches(self, given: Mapping[str, Any]) -> tuple[Branch, Branch, list[Tensor], list[Tensor]]:
+        """Return attention and feed-forward layer as functions of one stream, and the parameters of each.
+
+        Args:
+            given: the other arguments of the layer, by name.
+        """
         norm, attention, second_norm, mlp = (getattr(self, name) for name in self.reversible_names)
         first_time = [given]
         without = without_cache(given, attention.layer_idx) if torch.is_grad_enabled() else given
@@ -71,17 +82,12 @@ class ReversibleLayer(nn.Module):
         def attend(x: Tensor) -> Tensor:  # computed again, the tokens are in the cache already
             return branch_of(attention, norm(x), first_time.pop() if first_time else without)
 
-        streams = reversible_step(
-            streams,
+        return (
             attend,
             lambda x: mlp(second_norm(x)),
             [*norm.parameters(), *attention.parameters()],
             [*second_norm.parameters(), *mlp.parameters()],
-            random=self.training,
         )
-        out = streams.mean()
-        setattr(out, STREAMS, streams)
-        return (out,) if returns_tuple(stock) else out
 
 
 def arguments_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_optim import ModelError
-from hf_optim.toolkit.modules import rounding_tolerance
-
-from ._probing import hidden_states, relative_difference
-from ._reversible_layers import arguments_of, branch_of, layers_with
+from ...errors import ModelError
+from ..modules import rounding_tolerance
+from .reach import hidden_states, relative_difference
+from .reversible_layers import arguments_of, branch_of, layers_with
 
 # Names, in a layer, of its norm, attention, second norm and feed-forward layer.
 LAYOUTS = (

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lsh_cuts import LshCut, beside, sorted_rounds, summed_from_beside
-from ._lsh_places import LshScheme
+from .lsh_cuts import LshCut, beside, sorted_rounds, summed_from_beside
+from .lsh_places import LshScheme
 
 LSH_FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 LSH_FLASH_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)

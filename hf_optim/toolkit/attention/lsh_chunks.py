@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._lsh_cuts import LshCut, beside, sorted_rounds
-from ._lsh_flash import HIDDEN, SELF, flash_rounds, has_flash
-from ._lsh_kernel import bucket_kernel, kernel_chunks
-from ._lsh_places import (
+from .lsh_cuts import LshCut, beside, sorted_rounds
+from .lsh_flash import HIDDEN, SELF, flash_rounds, has_flash
+from .lsh_kernel import bucket_kernel, kernel_chunks
+from .lsh_places import (
     BUCKET,
     NOWHERE,
     LshScheme,
