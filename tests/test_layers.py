@@ -37,7 +37,7 @@ ORDER = (
 FAMILIES = (
     ("distributed", "checkpoint", "modules"),
     ("topology",),
-    ("statistics", "attention"),
+    ("statistics", "attention", "packing"),
     ("quantization", "pruning", "permutation", "experts"),
     ("distillation",),
     ("exits",),
@@ -191,8 +191,8 @@ def test_every_technique_is_one_file_without_underscore():
 
 
 def test_the_host_names_no_technique():
-    # These are words for activations, drivers, weights, files and capacities, too.
-    names = TECHNIQUES - {"act", "blockwise", "compressed", "local", *ROUNDINGS}
+    # These are words for activations, drivers, weights, architectures, files and capacities, too.
+    names = TECHNIQUES - {"act", "blockwise", "compressed", "distilbert", "local", *ROUNDINGS}
     for path in files("hf_optim"):
         if "testing" in path.relative_to(ROOT).parts:
             continue

@@ -225,6 +225,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
     from ..toolkit.experts import attach_experts, attach_stored_settings, detach_experts
+    from ..toolkit.packing import attach_stored_packing
 
     wants_info = kwargs.pop("output_loading_info", False)
     given_experts = _given_experts(kwargs)
@@ -247,6 +248,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     attach_stored_settings(model)
     (attach_experts if given_experts is None else detach_experts)(model)
     _attach_exits(model, source, kwargs)
+    attach_stored_packing(model)
     return (model, info) if wants_info else model
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ...runs.acceptance import require_runnable
 from ...runs.progress import progress
 from ...runs.run import Run, find_run
-from ...toolkit import experts, topology
+from ...toolkit import experts, packing, topology
 from ...toolkit.topology.linear_layers import parameter_names
 from ..experts import expert_schemes
 from ..outlier_columns import outlier_thresholds
@@ -64,7 +64,8 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
 
     Experts of a mixture compute with hf_optim's function, on kernels where the model is on a CUDA device, unless an
     implementation other than transformers' own was chosen (``experts_implementation``). Experts whose configuration
-    states a capacity (``capacity_routing``) compute with it from now on.
+    states a capacity (``capacity_routing``) compute with it from now on, and an encoder whose configuration says so
+    computes no padding (``padding_removal``).
 
     Args:
         model: a model, or a wrapper around one (peft).
@@ -75,6 +76,7 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     require_runnable(model)
     experts.attach_stored_settings(model)
     experts.attach_experts(model)
+    packing.attach_stored_packing(model)
     pack_layers(model, tuple(kernels) if kernels is not None else kernels_for(model), {})
     return model
 
@@ -166,7 +168,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every layer gets back the weight and the forward it had before, bit-exact.
 
     Experts compute with the implementation that they had before, and without a capacity (``capacity_routing``), as in
-    stock transformers, until ``accelerate`` is called. A model without packed layers and experts is left unchanged.
+    stock transformers, until ``accelerate`` is called. An encoder has its stock forward, too. A model without packed layers and experts is left unchanged.
     """
     from ..quantizer import detach_quantizer
 
@@ -178,6 +180,7 @@ def restore(model: nn.Module) -> nn.Module:
         codebook_layers.unpack(module)
     experts.detach_settings(model)
     experts.detach_experts(model)
+    packing.detach_packing(model)
     model.__dict__.pop(UNSUPPORTED, None)
     inner = _pretrained(model)
     if inner is not None and inner.__dict__.pop(ATTACHED, False):
