@@ -50,6 +50,9 @@ _HOMES = {
     "KernelWarning": "compressed.packed.packed_linear",
     "restore": "compressed.packed.accelerate",
     "report": "compressed.packed.layer_report",
+    "offload": "toolkit.offloading",
+    "offload_plan": "toolkit.offloading",
+    "offloaded_cache": "toolkit.offloading",
     "expert_load": "toolkit.experts.load",
     "expert_exchange": "toolkit.experts.rank_models",
     "expert_buckets": "toolkit.experts.bucketed_model",
@@ -147,6 +150,9 @@ if TYPE_CHECKING:
     from .toolkit.experts.bucketed_model import expert_buckets as expert_buckets
     from .toolkit.experts.load import expert_load as expert_load
     from .toolkit.experts.rank_models import expert_exchange as expert_exchange
+    from .toolkit.offloading import offload as offload
+    from .toolkit.offloading import offload_plan as offload_plan
+    from .toolkit.offloading import offloaded_cache as offloaded_cache
     from .toolkit.quantization import KeyValueScheme as KeyValueScheme
     from .toolkit.quantization import cache_size as cache_size
     from .training.peft import merge_adapters as merge_adapters

@@ -69,7 +69,7 @@ def build(source: ModelSource) -> MetaModel:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load {source.model}: {first_line(error)}") from error
-    _compute_buffers(model)
+    compute_buffers(model)
     return MetaModel(model.eval(), files, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])))
 
 
@@ -97,7 +97,7 @@ def _quiet() -> Iterator[None]:
         theirs.set_verbosity(level)
 
 
-def _compute_buffers(model: PreTrainedModel) -> None:
+def compute_buffers(model: PreTrainedModel) -> None:
     """Compute the buffers that no checkpoint holds, through the initialization that transformers runs for them."""
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, key = name.rpartition(".")

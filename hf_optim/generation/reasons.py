@@ -9,6 +9,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 from ..toolkit.attention import FIELD
 from ..toolkit.compat import CACHE
+from ..toolkit.offloading import find_state
 from .sampling import unsupported_processor
 from .static_cache import unsupported_cache
 from .stopping import unsupported_criterion
@@ -37,12 +38,15 @@ def why_stock(
 ) -> str | None:
     """Return why a prepared call runs in transformers' loop, in a few words; None if it can be captured."""
     devices = {parameter.device for parameter in model.parameters()} | set(offloaded(model))
+    state = find_state(model)
     embedded = kwargs.get("inputs_embeds") is not None
     reasons = (
         (assistant is not None or config.prompt_lookup_num_tokens, "an assistant drafts tokens on the host"),
         (config.num_beams > 1, f"{config.num_beams} beams are searched on the host"),
         (synced_gpus, "the processes wait for each other at every step"),
         (len(devices) > 1, "the model is spread over several devices"),
+        (state is not None and state.streamer is not None,
+         "weights are offloaded, so that a step waits for the link and not for the host"),
         (kwargs.get("use_cache") is False, "use_cache=False recomputes the whole sequence"),
         (config.output_attentions or config.output_hidden_states,
          "attentions and hidden states of each step are asked for"),

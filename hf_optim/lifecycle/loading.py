@@ -19,6 +19,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..checkpoints.read_errors import readable_errors
 from ..checkpoints.saving import attach_exit_save
 from ..checkpoints.source import name_of_load
+from ..compressed.packed.accelerate import kernels_for
+from ..compressed.packed.loader import with_packed_quantizer
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import DataConfig, OptimConfig
 from ..recipes.technique import Technique
@@ -27,12 +29,22 @@ from ..runs.progress import stage
 from ..runs.run import Run, traits_of, traits_of_config
 from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
+from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
 from ..toolkit.checkpoint.stored_codes import require_known_format
+from ..toolkit.offloading import offload_plan
 from ..trust.bounds import shown
 from ..trust.code import may_run, require_no_kernels
 from ..trust.lookup import Where
 from ..trust.weights import checked_weights
+from .offloaded import (
+    PackedBlocks,
+    compute_device,
+    offload_finished,
+    offload_loaded,
+    offloading_step,
+    report_plan,
+)
 from .stages import attach_model, require_data, run_stages, start_run
 
 log = logging.getLogger(__name__)
@@ -61,6 +73,7 @@ def load(
 
     recipe = OptimConfig.parse(optim_config)
     _refuse_streamed(recipe)
+    offloading = offloading_step(recipe)
     require_in_memory_map(kwargs.get("device_map"))
     given_experts = _given_experts(kwargs)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
@@ -75,6 +88,11 @@ def load(
     files = _check_files(source, run.config, kwargs)
     trains = any(stage.trains for stage in recipe.stages)
     wants_info = kwargs.pop("output_loading_info", False)
+    if offloading is not None and len(recipe.steps) == 1 and files:
+        try:
+            return _load_offloaded(run, offloading, stock, source, args, files, kwargs, wants_info)
+        except UnsupportedCheckpoint as reason:
+            log.info("loaded as a whole, then offloaded, since %s", reason)
     new_heads = NewHeads.ALL if trains else NewHeads.CLASSIFIERS
     model, info = _load_placed(stock, source, args, run.config, files, kwargs, new_heads)
     run.loading = False
@@ -87,6 +105,43 @@ def load(
         _put_on_kernels(model)
         if given_experts is not None:
             detach_experts(model)
+        offload_finished(run, model)
+    return (model, info) if wants_info else model
+
+
+def _load_offloaded(
+    run: Run,
+    step: Technique,
+    stock: Callable[..., Any],
+    source: Any,
+    args: tuple[Any, ...],
+    files: tuple[Path, ...],
+    kwargs: dict[str, Any],
+    wants_info: bool,
+) -> Any:
+    """Load a checkpoint whose blocks go where a step wants them, one after the other.
+
+    Raises ``UnsupportedCheckpoint`` for a compressed one that cannot be packed block by block.
+    """
+    settings = dict(step.offloading() or {})
+    device = compute_device(kwargs.get("device_map"))
+    packed = None
+    if require_known_format(run.config, str(source)) is not None or kwargs.get("quantization_config") is not None:
+        if kwargs.get("quantization_config") is not None:
+            raise UnsupportedCheckpoint("the call specifies how to load it")
+        packed = with_packed_quantizer(run.config, kwargs.get("key_mapping"), deferred=True)
+    given = {**kwargs, "device_map": {"": "meta"}}
+    model, info = _load_placed(stock, source, args, run.config, files, given, NewHeads.NONE, packed)
+    model.eval()
+    run.loading = False
+    attach_model(run, model, source, kwargs.get("revision"))
+    run.record.measured["before"] = {"bytes_on_disk": sum(path.stat().st_size for path in files)}
+    converter = PackedBlocks(kernels_for(model)) if packed is not None else None
+    try:
+        model = offload_loaded(model, files, settings, device, converter, lambda: run_stages(run))
+    except ModelError as error:
+        raise ModelError(f"{run.label(step)}: {error}") from error
+    report_plan(run, step, offload_plan(model))
     return (model, info) if wants_info else model
 
 
@@ -145,6 +200,7 @@ def optimize(
     model = run_stages(run, calibration)
     if kernels and run.finished:
         _put_on_kernels(model)
+    offload_finished(run, model)
     return model
 
 
@@ -222,8 +278,6 @@ def _put_on_kernels(model: PreTrainedModel) -> None:
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load a checkpoint unchanged; run its compressed layers on kernels, and its experts with their capacity."""
     from ..compressed.packed.accelerate import accelerate
-    from ..compressed.packed.loader import with_packed_quantizer
-    from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
     from ..toolkit.experts import attach_experts, attach_stored_settings, detach_experts
     from ..toolkit.packing import attach_stored_packing
 

@@ -147,6 +147,14 @@ class Technique:
             label: the beginning of the message.
         """
 
+    def offloading(self) -> Mapping[str, Any] | None:
+        """Return the arguments of ``hf_optim.offload`` with which the finished model is offloaded; None if it is not.
+
+        The host does it last, when the model is on its kernels; a recipe of this step alone never holds the whole
+        model while it loads it.
+        """
+        return None
+
     def phases(self) -> frozenset[Phase]:
         """Return the phases of a stage that this step takes part in, derived from the hooks it implements."""
         return frozenset(phase for hook, phase in PHASE_OF_HOOK.items() if hasattr(type(self), hook))

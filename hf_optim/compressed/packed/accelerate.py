@@ -14,10 +14,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ...errors import ModelError
 from ...runs.acceptance import require_runnable
 from ...runs.progress import progress
 from ...runs.run import Run, find_run
 from ...toolkit import experts, packing, topology
+from ...toolkit.offloading import find_state, restore_weights
 from ...toolkit.topology.linear_layers import parameter_names
 from ..experts import expert_schemes
 from ..outlier_columns import outlier_thresholds
@@ -71,9 +73,15 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
         model: a model, or a wrapper around one (peft).
         kernels: try these instead, in this order.
 
-    Raises ``ModelError`` for a compressed model with weights that are offloaded to the CPU or to disk.
+    Raises ``ModelError`` for a model that is offloaded (``offload``), and for a compressed one that accelerate has
+    offloaded to the CPU or to disk.
     """
     require_runnable(model)
+    if find_state(model) is not None:
+        raise ModelError(
+            f"this {type(model).__name__} is offloaded, and its layers cannot be packed: call hf_optim.restore(model), "
+            "then accelerate, then hf_optim.offload"
+        )
     experts.attach_stored_settings(model)
     experts.attach_experts(model)
     packing.attach_stored_packing(model)
@@ -118,6 +126,23 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
     model.__dict__[UNSUPPORTED] = {name: reason for name, reason in unsupported.items() if reason}
     make_savable(model)
     _warn_unsupported({name: reason for name, reason in unsupported.items() if reason not in ("", NOT_COMPRESSED)})
+
+
+def finish_packed(model: nn.Module, decided: Mapping[str, str]) -> None:
+    """Have a model whose layers were packed one by one saved as it was stored, and warn about unsupported layers.
+
+    ``decided``: the reason why no kernel runs a layer, ``""`` if one does.
+    """
+    from ..quantizer import attach_quantizer, detach_quantizer
+    from ..state import quantized_modules
+
+    detach_quantizer(model)
+    if quantized_modules(model):
+        attach_quantizer(model)
+    release_forwards(model)
+    model.__dict__[UNSUPPORTED] = {name: reason for name, reason in decided.items() if reason}
+    _make_savable(model)
+    _warn_unsupported({name: reason for name, reason in decided.items() if reason not in ("", NOT_COMPRESSED)})
 
 
 def _pack_experts(model: nn.Module, kernels: tuple[Kernel, ...]) -> dict[str, str]:
@@ -167,11 +192,13 @@ def _is_decompressed(module: nn.Module) -> bool:
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every layer gets back the weight and the forward it had before, bit-exact.
 
+    The weights of an offloaded model (``offload``) are brought back to its device first, all of them.
     Experts compute with the implementation that they had before, and without a capacity (``capacity_routing``), as in
     stock transformers, until ``accelerate`` is called. An encoder has its stock forward, too. A model without packed layers and experts is left unchanged.
     """
     from ..quantizer import detach_quantizer
 
+    restore_weights(model)
     for module in list(model.modules()):
         if isinstance(module, PackedLinear):
             unpack(module)

@@ -68,10 +68,11 @@ LOCAL_NAMES = (
 )
 
 
-def with_packed_quantizer(config: Any, key_mapping: Mapping[str, str] | None = None) -> Any:
+def with_packed_quantizer(config: Any, key_mapping: Mapping[str, str] | None = None, deferred: bool = False) -> Any:
     """Return a copy of a model configuration that selects the packed quantizer. Raises ``UnsupportedCheckpoint``.
 
     ``key_mapping`` is the argument of ``from_pretrained``: the caller's renamings, which come before transformers'.
+    ``deferred``: the tensors stay on the meta device, and the layers are converted by who loads them.
     """
     config = copy.deepcopy(config)
     holder = config
@@ -84,7 +85,12 @@ def with_packed_quantizer(config: Any, key_mapping: Mapping[str, str] | None = N
     stored["quant_method"] = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
     parse_checkpoint_format(stored)
     _register()
-    holder.quantization_config = {"quant_method": METHOD, "stored": stored, "key_mapping": key_mapping}
+    holder.quantization_config = {
+        "quant_method": METHOD,
+        "stored": stored,
+        "key_mapping": key_mapping,
+        "deferred": deferred,
+    }
     return config
 
 
@@ -100,11 +106,16 @@ def _register() -> None:
         """A configuration that holds the original one of the checkpoint while it is loaded."""
 
         def __init__(
-            self, stored: Mapping[str, Any], key_mapping: Mapping[str, str] | None = None, **kwargs: Any
+            self,
+            stored: Mapping[str, Any],
+            key_mapping: Mapping[str, str] | None = None,
+            deferred: bool = False,
+            **kwargs: Any,
         ) -> None:
             self.quant_method: Any = METHOD
             self.stored = dict(stored)
             self.key_mapping = dict(key_mapping or {})
+            self.deferred = deferred
 
     @register_quantizer(METHOD)
     class PackedQuantizer(HfQuantizer):
@@ -123,6 +134,8 @@ def _register() -> None:
             config: Any = self.quantization_config
             expose_experts(model, any(kernel.prepack_experts is not None for kernel in kernels_for(model)))
             self.exposes = bool(exposed_experts(model))
+            if self.exposes and config.deferred:
+                raise UnsupportedCheckpoint("its experts are packed all at once")
             headers = SafetensorsHeaders(checkpoint_files, functools.partial(linear_names, model, config.key_mapping))
             prepare(model, parse_checkpoint_format(config.stored)(model, headers), headers)
             return model
@@ -135,6 +148,11 @@ def _register() -> None:
             from ..quantizer import attach_quantizer, detach_quantizer
             from ..state import quantized_modules
 
+            if self.quantization_config.deferred:  # type: ignore[union-attr, attr-defined]
+                for module in model.modules():
+                    if PENDING in module.__dict__:  # what checks the load sees that its codes are those of a layer
+                        module.quantization_scheme = module.__dict__[PENDING].layout
+                return model
             kernels = kernels_for(model)
             if exposed_experts(model):
                 stack_again(model)
@@ -217,15 +235,20 @@ def _stored_tensors(
     return found
 
 
-def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> dict[str, str]:
+def convert(
+    model: nn.Module, kernels: tuple[Kernel, ...], prefix: str = "", owner: nn.Module | None = None
+) -> dict[str, str]:
     """Turn every placeholder, whose tensors are loaded, into a packed layer or a decoded one, one layer at a time.
+
+    ``model`` may be a part of the model ``owner``, in which its names begin with ``prefix``.
 
     Returns the reason why a layer runs on no kernel, for each of these layers; ``""`` for one that runs on a kernel.
     """
-    wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, STRICT, None) or ())}
-    placeholders = {name: module for name, module in model.named_modules() if PENDING in module.__dict__}
+    owner = owner if owner is not None else model
+    wide = {*(getattr(owner, "_keep_in_fp32_modules", None) or ()), *(getattr(owner, STRICT, None) or ())}
+    placeholders = {prefix + name: module for name, module in model.named_modules() if PENDING in module.__dict__}
     experts: dict[str, dict[str, tuple[Layout, dict[str, Tensor]]]] = {name: {} for name in exposed_experts(model)}
-    thresholds = outlier_thresholds(model, placeholders)
+    thresholds = outlier_thresholds(owner, placeholders)
     reasons: dict[str, str] = {}
     for name, module in placeholders.items():
         layout, tensors, dtype = _loaded(name, module, wide)
@@ -247,6 +270,7 @@ def _loaded(name: str, module: nn.Module, wide: Collection[str]) -> tuple[Layout
     ``wide`` are the names of parts that keep the dtype of the checkpoint.
     """
     pending: _Pending = module.__dict__.pop(PENDING)
+    module.__dict__.pop("quantization_scheme", None)
     tensors: dict[str, Any] = {key: module._parameters.pop(key) for key in pending.keys}
     if any(tensor.is_meta for tensor in tensors.values()):
         raise UnsupportedCheckpoint("its weights are offloaded")

@@ -134,6 +134,8 @@ def _is_block(trace: Trace, call: Call) -> bool:
     """Return True if the module has at least two matrices and returns a hidden state of the shape it takes."""
     module = trace.modules[call.name]
     matrices = sum(parameter.dim() >= 2 for parameter in module.parameters())
+    # A layer on a kernel has its matrix in buffers.
+    matrices += sum(is_linear(part) and "weight" not in part._parameters for part in module.modules())
     shapes = {trace.shapes[value] for value in call.reads if trace.dtypes[value].is_floating_point}
     is_leaf = is_linear(module) or not any(True for _ in module.children())
     return not is_leaf and matrices >= 2 and bool(call.writes) and trace.shapes[call.writes[0]] in shapes

@@ -1,0 +1,81 @@
+"""Keys and values in host memory: the tokens of transformers' own cache, and half of the bytes of its offloaded one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from late_link import LateLink
+from tiny_models import tiny_gpt2, tiny_llama, tiny_t5
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+import hf_optim
+from hf_optim import ModelError
+from hf_optim.toolkit.compat import CACHE
+from hf_optim.toolkit.offloading.cache import HostLayer
+
+
+def generate(model, ids, cache=None, **more):
+    given = {} if cache is None else {CACHE: cache}
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, **more}
+    return model.generate(input_ids=ids, **settings, **given)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_tokens_are_equal(make, layers, beams):
+    name = "n_layer" if make is tiny_gpt2 else "num_hidden_layers"
+    model = make(**{name: layers})
+    ids = torch.randint(1, 60, (2, 11))
+    cache = hf_optim.offloaded_cache(model, LateLink())
+    assert all(type(layer) is HostLayer for layer in cache.layers)
+    assert torch.equal(generate(model, ids, cache, num_beams=beams), generate(model, ids, num_beams=beams))
+
+
+def test_it_grows_crops_and_starts_again():
+    model = tiny_llama(num_hidden_layers=3, max_position_embeddings=1024)
+    ids = torch.randint(1, 60, (2, 700))
+    found = []
+    for cache in (DynamicCache(config=model.config), hf_optim.offloaded_cache(model, LateLink())):
+        with torch.no_grad():
+            outputs = [model(input_ids=part, **{CACHE: cache}).logits for part in ids[:, :600].split(150, 1)]
+            cache.crop(-20)
+            outputs.append(model(input_ids=ids[:, 600:], **{CACHE: cache}).logits)
+            assert cache.get_seq_length() == 680
+            cache.batch_select_indices(torch.tensor([1]))
+            outputs.append(model(input_ids=ids[1:, :5], **{CACHE: cache}).logits)
+            cache.batch_repeat_interleave(2)
+            outputs.append(model(input_ids=ids[:, :1], **{CACHE: cache}).logits)
+        found.append(outputs)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_step_moves_each_layer_once():
+    model = tiny_llama(num_hidden_layers=4)
+    link, ids = LateLink(), torch.randint(1, 60, (1, 30))
+    cache = hf_optim.offloaded_cache(model, link)
+    with torch.no_grad():
+        model(input_ids=ids, **{CACHE: cache})
+        model(input_ids=ids[:, :1], **{CACHE: cache})
+        before = link.copied
+        model(input_ids=ids[:, :1], **{CACHE: cache})
+    token = cache.layers[0].host.shape[1]
+    # The last layer has begun to fetch the first one again, with the new token.
+    assert link.copied - before == 4 * (31 + 1) * token + token
+
+
+def test_windows_stay_on_the_device():
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        vocab_size=64, sliding_window=8,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    cache = hf_optim.offloaded_cache(model, LateLink())
+    assert not any(isinstance(layer, HostLayer) for layer in cache.layers)
+
+
+def test_what_is_refused():
+    with pytest.raises(ModelError, match="keys and values are in host memory already"):
+        hf_optim.offloaded_cache(tiny_llama())
+    with pytest.raises(ModelError, match="t5 has an encoder"):
+        hf_optim.offloaded_cache(tiny_t5(), LateLink())
