@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MissingRecipe, OptimError, RecipeError, cli_message
 from ..evaluation.cache_sizes import cache_report, parse_batch_length, scheme_of_steps
 from ..recipes.config import OptimConfig
+from ..recipes.contract import OnRanks, Parallel
 from ..recipes.traits import FLOAT_WEIGHTS
 from .options import (
     add_data_options,
@@ -146,6 +147,7 @@ def examine(recipe: OptimConfig, plan: Plan | None) -> dict[str, Any]:
             "training": (plan.training_data if plan is not None else recipe.calibration).dataset,
         },
         "traits": sorted(map(str, traits)),
+        "parallel": parallel_of(recipe),
         "reload": recipe.reload.name,
         "reload_means": recipe.reload.value,
     }
@@ -153,6 +155,13 @@ def examine(recipe: OptimConfig, plan: Plan | None) -> dict[str, Any]:
         report["model"] = found.estimates
         report["notes"] = found.notes
     return report
+
+
+def parallel_of(recipe: OptimConfig) -> dict[str, str]:
+    """Return what several ranks can share of a recipe: of each way the worst of its steps (``hf-optim list NAME``)."""
+    order = [each.value for each in OnRanks]
+    found = {key: [step.spec.parallel.to_dict()[key] for step in recipe.steps] for key in Parallel().to_dict()}
+    return {key: max([v for v in values if v != "-"], key=order.index, default="-") for key, values in found.items()}
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -170,6 +179,7 @@ def _print(report: dict[str, Any]) -> None:
         ],
     )
     print(f"\nresult: {', '.join(report['traits'])}; reloads as {report['reload']}: {report['reload_means']}")
+    print(f"on ranks: {', '.join(f'{key} {value}' for key, value in report['parallel'].items())}")
     if "model" in report:
         print(f"\n{report['model']['class']}:")
         print_table(("estimate", "value"), list(report["model"]["readable"].items()))

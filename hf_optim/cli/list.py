@@ -108,6 +108,7 @@ def _technique_page(one: dict[str, Any]) -> str:
         ("paper", f"{paper['title']} ({paper['year']}), {paper['url']}" if paper else "-"),
         *_contract_rows(one, depends if one["contract_depends"] else ""),
         ("trains", one["training"]),
+        ("on ranks", ", ".join(f"{key} {value}" for key, value in one["parallel"].items())),
         ("reloads as", f"{one['reload']}: {one['reload_means']}{depends if one['reload_depends'] else ''}"),
     ]
     fields = [
@@ -195,6 +196,7 @@ def describe(cls: type[Technique]) -> dict[str, Any]:
         "summary": spec.summary,
         "reload": spec.reload.name,
         "trains": spec.trains,
+        "parallel": spec.parallel.to_dict(),
         "hooks": [hook for hook in HOOKS if hasattr(cls, hook)],
         "paper": {"title": spec.paper.title, "year": spec.paper.year, "url": spec.paper.url} if spec.paper else None,
         "needs": sorted(map(str, spec.contract.needs)),

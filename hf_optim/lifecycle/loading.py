@@ -22,7 +22,9 @@ from ..checkpoints.source import name_of_load
 from ..compressed.packed.accelerate import kernels_for
 from ..compressed.packed.loader import with_packed_quantizer
 from ..errors import CheckpointError, ModelError, RecipeError
+from ..recipes.composition import step_label
 from ..recipes.config import DataConfig, OptimConfig
+from ..recipes.contract import OnRanks
 from ..recipes.technique import Technique
 from ..runs.acceptance import require_in_memory_map, require_model, require_runnable
 from ..runs.progress import stage
@@ -32,6 +34,7 @@ from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
 from ..toolkit.checkpoint.stored_codes import require_known_format
+from ..toolkit.distributed.fsdp import has_sharded_parameters
 from ..toolkit.offloading import offload_plan
 from ..trust.bounds import shown
 from ..trust.code import may_run, require_no_kernels
@@ -46,6 +49,7 @@ from .offloaded import (
     report_plan,
 )
 from .stages import attach_model, require_data, run_stages, start_run
+from .tensor_parallel import divides, load_part, requested
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +89,9 @@ def load(
     recipe.check(traits_of_config(config))
     require_data(run, calibration)
     kwargs |= _prepared_load(run, kwargs)
+    if divides(recipe, run.config, kwargs) and getattr(run.config, "quantization_config", None) is not None:
+        # Each rank loads its part of the packed weights, which leaves nothing to do for a step that changes none.
+        return _load_auto(cls, stock, (source, *args[1:]), {**kwargs, "config": run.config})
     files = _check_files(source, run.config, kwargs)
     trains = any(stage.trains for stage in recipe.stages)
     wants_info = kwargs.pop("output_loading_info", False)
@@ -194,6 +201,7 @@ def optimize(
     run.tokenizer, run.journal, run.dense, run.announce = tokenizer, journal, dense, announce
     run.device = torch.device(device) if device is not None else None
     recipe.check(traits_of(model))
+    _refuse_shards(recipe, model)
     require_data(run, calibration)
     apply_prepared(run, model)
     attach_model(run, model, getattr(model.config, "_name_or_path", None))
@@ -246,6 +254,18 @@ def _refuse_streamed(recipe: OptimConfig) -> None:
         )
 
 
+def _refuse_shards(recipe: OptimConfig, model: PreTrainedModel) -> None:
+    """Raise ``ModelError`` for weights in shards (FSDP2) that a step says it cannot work with."""
+    if not has_sharded_parameters(model):
+        return
+    for number, step in enumerate(recipe.steps):
+        if step.spec.parallel.fsdp is OnRanks.NO:
+            raise ModelError(
+                f"{step_label(number, step)}: the weights are in shards (FSDP2), and {step.name} needs them whole: "
+                "train on one device or with DDP (`hf-optim list` says what each technique can do on ranks)"
+            )
+
+
 def _refuse_data_fields(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """Raise ``RecipeError`` for an argument that is a field of a recipe's calibration data."""
     for field in dataclasses.fields(DataConfig):
@@ -289,7 +309,17 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
         files = _check_files(source, config, kwargs)
     quantized = require_known_format(config, str(source)) is not None or kwargs.get("quantization_config") is not None
     new_heads = NewHeads.NONE if quantized else NewHeads.CLASSIFIERS
+    request = requested(kwargs, config, quantized)
     try:
+        if request is not None:
+
+            def load_packed(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+                packed = with_packed_quantizer(config, kwargs.get("key_mapping"))
+                return _load_placed(stock, None, args, config, files, given, new_heads, packed)
+
+            model, info = load_part(request, load_packed, source, config, files, kwargs)
+            attach_experts(model)
+            return (model, info) if wants_info else model
         if any(kwargs.get(key) is not None for key in ("quantization_config", "state_dict")):
             raise UnsupportedCheckpoint("the call specifies how to load it")
         packed = with_packed_quantizer(config, kwargs.get("key_mapping"))

@@ -104,6 +104,38 @@ def _not_a_trait(value: object) -> str:
     return f"{shown(value)} is not a Trait{hint} (the traits are objects of hf_optim.traits)"
 
 
+class OnRanks(enum.Enum):
+    """What is known of a technique on several ranks, for one way of using them."""
+
+    YES = "yes"  # a test shows that several ranks give the result of one
+    UNTRIED = "untried"  # nothing is in its way, and no test shows it
+    NO = "no"  # refused
+    NONE = "-"  # there is nothing to divide
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What several ranks can share of a technique's work, and of the model that it leaves.
+
+    Attributes:
+        calibration: ranks share the calibration data; statistics are reduced over them.
+        data: ranks train on their own batches (DDP).
+        fsdp: ranks train with weights in shards (FSDP2).
+        tensor: the linear layers of the result are cut over ranks when it is loaded (``parallelism``).
+        expert: the experts of the result are divided among ranks when it is loaded.
+    """
+
+    calibration: OnRanks = OnRanks.NONE
+    data: OnRanks = OnRanks.NONE
+    fsdp: OnRanks = OnRanks.NONE
+    tensor: OnRanks = OnRanks.UNTRIED
+    expert: OnRanks = OnRanks.UNTRIED
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the fields as words."""
+        return {f.name: getattr(self, f.name).value for f in dataclasses.fields(self)}
+
+
 @dataclass(frozen=True)
 class TechniqueSpec:
     """The arguments of ``@technique``, and the first line of the class docstring as ``summary``."""
@@ -115,3 +147,4 @@ class TechniqueSpec:
     paper: Paper | None = None
     trains: bool = False
     summary: str = ""
+    parallel: Parallel = Parallel()

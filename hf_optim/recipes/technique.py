@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from ..errors import RecipeError
+from ..toolkit.distributed import RankSetting
 from ..toolkit.topology import default_takes
 from ..trust.bounds import shown
-from .contract import PHASE_OF_HOOK, Contract, Paper, Phase, Reload, TechniqueSpec
+from .contract import PHASE_OF_HOOK, Contract, OnRanks, Paper, Parallel, Phase, Reload, TechniqueSpec
 from .field_checks import admits, check_fields, did_you_mean, option
 from .schemes import with_scheme
 
@@ -83,6 +84,13 @@ class Technique:
     def needs_teacher(self) -> bool:
         """Return True if ``calibrate`` needs the outputs of each block before this stage: see ``Scope.teacher``."""
         return False
+
+    def rank_setting(self) -> RankSetting | None:
+        """Return among how many ranks the step divides the layers of a model when it is loaded; None for one.
+
+        Under a launcher, ``from_pretrained`` with a recipe of this step alone loads the part of each rank.
+        """
+        return None
 
     def training_teacher(self) -> str | None:
         """Return the teacher that training holds in memory: ``"self"``, a path or Hub id; None for none.
@@ -234,6 +242,7 @@ def technique(
     reload: Reload,
     paper: Paper | None = None,
     trains: bool = False,
+    parallel: Mapping[str, str] | None = None,
 ) -> Callable[[type[T]], type[T]]:
     """Turn a class into a technique: a frozen, keyword-only dataclass that compares by identity.
 
@@ -246,6 +255,9 @@ def technique(
         trains: True if the technique has no effect without training steps (a schedule, a distillation loss). Such a
             step makes its stage a training stage. A technique with training hooks and ``trains=False`` takes part in
             training if the stage trains anyway.
+        parallel: what a test shows of it on several ranks, or what it refuses there: a field of ``Parallel`` -> "yes",
+            "no", "untried" or "-". What is not named follows from the hooks and the reload level: calibration and
+            training are untried, and a model with code of its own cannot be cut, since no plan names its layers.
 
     Raises ``RecipeError`` for a family that is a misspelling of a known one, and for a method that has the name of a
     hook but is not marked ``@hookimpl``: the host would never call it.
@@ -257,10 +269,35 @@ def technique(
         # eq=False: pluggy rejects two equal plugins, but a recipe may have one technique twice.
         frozen = dataclass(frozen=True, eq=False, kw_only=True)(cls)
         summary = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
-        frozen.spec = TechniqueSpec(name, family, contract, reload, paper, trains, summary)
+        on_ranks = _parallel_of(name, frozen, reload, trains, parallel or {})
+        frozen.spec = TechniqueSpec(name, family, contract, reload, paper, trains, summary, on_ranks)
         return frozen
 
     return decorate
+
+
+def _parallel_of(
+    name: str, cls: type[Technique], reload: Reload, trains: bool, declared: Mapping[str, str]
+) -> Parallel:
+    """Return what a technique says of several ranks, completed by what its hooks say."""
+    trained = trains or any(hasattr(cls, hook) for hook, phase in PHASE_OF_HOOK.items() if phase is Phase.TRAIN)
+    learns = cls.needs_teacher is not Technique.needs_teacher
+    calibration = OnRanks.NO if learns else OnRanks.UNTRIED
+    found = {
+        "calibration": calibration if hasattr(cls, "calibrate") else OnRanks.NONE,
+        "data": OnRanks.UNTRIED if trained else OnRanks.NONE,
+        "fsdp": OnRanks.UNTRIED if trained else OnRanks.NONE,
+        "tensor": OnRanks.NO if reload is Reload.REMOTE_CODE else OnRanks.UNTRIED,
+        "expert": OnRanks.NO if reload is Reload.REMOTE_CODE else OnRanks.UNTRIED,
+    }
+    for key, value in declared.items():
+        if key not in found or value not in [each.value for each in OnRanks]:
+            raise RecipeError(
+                f"technique {shown(name)}: parallel has {shown(key)}: {shown(value)}; it takes {', '.join(found)}, and "
+                f"the values {', '.join(each.value for each in OnRanks)}"
+            )
+        found[key] = OnRanks(value)
+    return Parallel(**found)
 
 
 def _check_family(name: str, family: str) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import DataError, NumericalError, RecipeError
+from ..recipes.contract import OnRanks
 from ..toolkit.distributed import collectives
 from ..toolkit.statistics import batch_size, can_split, take_rows
 from .progress import silenced
@@ -82,7 +83,7 @@ def refuse_distributed(recipe: Any) -> None:
         if stage.trains:
             raise RecipeError(f"{stage} trains: compress a recipe with training stages with one rank")
         for step in stage.steps:
-            if step.needs_teacher():
+            if step.needs_teacher() or step.spec.parallel.calibration is OnRanks.NO:
                 raise RecipeError(
                     f"step {step.name} learns from batches one by one, which ranks cannot share: use one rank"
                 )

@@ -141,7 +141,7 @@ def finish_packed(model: nn.Module, decided: Mapping[str, str]) -> None:
         attach_quantizer(model)
     release_forwards(model)
     model.__dict__[UNSUPPORTED] = {name: reason for name, reason in decided.items() if reason}
-    _make_savable(model)
+    make_savable(model)
     _warn_unsupported({name: reason for name, reason in decided.items() if reason not in ("", NOT_COMPRESSED)})
 
 
@@ -194,7 +194,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     The weights of an offloaded model (``offload``) are brought back to its device first, all of them.
     Experts compute with the implementation that they had before, and without a capacity (``capacity_routing``), as in
-    stock transformers, until ``accelerate`` is called. An encoder has its stock forward, too. A model without packed layers and experts is left unchanged.
+    stock transformers, until ``accelerate`` is called. An encoder has its stock forward, too. A model without packed
+    layers and experts is left unchanged.
     """
     from ..quantizer import detach_quantizer
 

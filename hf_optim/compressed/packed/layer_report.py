@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ...toolkit import experts, topology
+from ...toolkit.distributed.tensor_parts import RANK, part_of
 from ...toolkit.topology.experts import fused_experts, matrix_names, matrix_shape
 from ...trust.figures import format_count
 from ..experts import PACKED_EXPERTS, expert_schemes
@@ -35,7 +36,8 @@ FEW = 3
 class LayerReport:
     """A linear layer: its name, its shape ``[out, in]``, and the kernel it runs on or the reason why it runs dense.
 
-    For a quantized matrix of the experts of a mixture, ``experts`` is their number; it is 0 for a linear layer.
+    For a quantized matrix of the experts of a mixture, ``experts`` is their number; it is 0 for a linear layer. Of a
+    model that several ranks share, shape and number are those of this rank, and ``part`` says what it holds.
     """
 
     name: str
@@ -43,11 +45,13 @@ class LayerReport:
     kernel: str | None
     reason: str = ""
     experts: int = 0
+    part: str = ""
 
     @property
     def runs_on(self) -> str:
-        """The kernel, or the reason, as text."""
-        return self.kernel or f"dense: {self.reason}"
+        """The kernel, or the reason, as text; then this rank's part."""
+        found = self.kernel or f"dense: {self.reason}"
+        return f"{found}; {self.part}" if self.part else found
 
 
 class Report(list[LayerReport]):
@@ -55,15 +59,20 @@ class Report(list[LayerReport]):
 
     Attributes:
         experts: what the experts of each mixture layer that is not quantized run on, by the name of their module.
+        rank: ``"rank 0 of 2"`` for a model that several ranks share, else empty.
 
     ``str()`` gives ``summary``, then one row for layers that differ only in the number of their block. ``full()`` has
     one row per layer, and ``to_json()`` all of it in JSON types.
     """
 
     experts: dict[str, str]
+    rank: str
 
-    def __init__(self, rows: Iterable[LayerReport] = (), experts: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, rows: Iterable[LayerReport] = (), experts: Mapping[str, str] | None = None, rank: str = ""
+    ) -> None:
         super().__init__(rows)
+        self.rank = rank
         self.experts = dict(experts or {})
 
     @property
@@ -79,6 +88,10 @@ class Report(list[LayerReport]):
         if quantized:
             parts.append(_summarize(quantized, "matrices of experts"))
         found = Counter(self.experts.values())
+        cut = Counter(re.split(r"[:(]", row.part)[0].strip() for row in self if row.part)
+        if cut:
+            counts = ", ".join(f"{format_count(count)} by {how}" for how, count in cut.items())
+            parts.insert(0, f"{self.rank}: {counts.replace('by whole on each rank', 'whole')}")
         parts += [f"experts of {format_count(count)} layers on {what}" for what, count in found.items()]
         return "; ".join(parts)
 
@@ -99,7 +112,11 @@ class Report(list[LayerReport]):
     def to_json(self) -> dict[str, Any]:
         """Return ``summary``; ``layers``, each with the fields of ``LayerReport``; and ``experts``."""
         layers = [asdict(row) | {"shape": list(row.shape)} for row in self]
-        return {"summary": self.summary, "layers": layers, "experts": self.experts}
+        for each in layers:
+            if not each["part"]:
+                del each["part"]
+        found = {"summary": self.summary, "layers": layers, "experts": self.experts}
+        return found | ({"rank": self.rank} if self.rank else {})
 
 
 def report(model: nn.Module) -> Report:
@@ -112,7 +129,8 @@ def report(model: nn.Module) -> Report:
     kernels = kernels_for(model)
     thresholds = outlier_thresholds(model, linears) if unsupported is None else {}
     mixtures = {name: module for name, module in fused_experts(model).items() if not expert_schemes(module)}
-    rows = Report((), {name: experts.implementation_of(module) for name, module in mixtures.items()})
+    rank = str(vars(model).get(RANK, ""))
+    rows = Report((), rank=rank, experts={name: experts.implementation_of(module) for name, module in mixtures.items()})
     for name, module in (linears | codebook_layers.codebook_linears(model)).items():
         shape = topology.features(module)
         if isinstance(module, codebook_layers.PackedCodebookLayer):
@@ -129,7 +147,15 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if expert_schemes(module):
             rows.extend(_experts(name, module, kernels, unsupported))
+    if rank:
+        parts = {name: str(part) for name, module in model.named_modules() if (part := part_of(module)) is not None}
+        rows[:] = [replace(row, part=_part_of(row.name, parts)) for row in rows]
     return rows
+
+
+def _part_of(name: str, parts: Mapping[str, str]) -> str:
+    """Return the part of a layer, or of the module of experts that a matrix is in."""
+    return parts.get(name) or parts.get(name.rpartition(".")[0], "")
 
 
 def _experts(

@@ -31,6 +31,7 @@ from .describe import describe_weight
 from .expert_loader import convert_experts, expose_experts, exposed_experts, require_compressed, without_experts
 from .kernel import NO_KERNEL, Kernel
 from .layouts import Layout, empty_meta_tensor
+from .rank_part import LOADING
 from .swap import g_idx_of, pack, prepack, writes_weights
 
 METHOD = "hf_optim_packed"
@@ -129,15 +130,22 @@ def _register() -> None:
             return True
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
-            if not checkpoint_files:
+            part = LOADING.get()
+            if not checkpoint_files and part is None:
                 raise UnsupportedCheckpoint("its weights are not in files")
             config: Any = self.quantization_config
+            if part is not None:
+                part.cut_experts(model)
             expose_experts(model, any(kernel.prepack_experts is not None for kernel in kernels_for(model)))
             self.exposes = bool(exposed_experts(model))
             if self.exposes and config.deferred:
                 raise UnsupportedCheckpoint("its experts are packed all at once")
-            headers = SafetensorsHeaders(checkpoint_files, functools.partial(linear_names, model, config.key_mapping))
-            prepare(model, parse_checkpoint_format(config.stored)(model, headers), headers)
+            names = functools.partial(linear_names, model, config.key_mapping)
+            headers = part.headers_of(names) if part is not None else SafetensorsHeaders(checkpoint_files, names)
+            layouts = parse_checkpoint_format(config.stored)(model, headers)
+            if part is not None:
+                headers = part.cut(model, layouts, headers)
+            prepare(model, layouts, headers)
             return model
 
         def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:

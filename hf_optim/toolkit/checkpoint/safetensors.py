@@ -56,8 +56,17 @@ class SafetensorsHeaders:
         ``names`` returns the parameter names of keys (``key_names.model_names``); by default they are the same. Raises
         ``UnsupportedCheckpoint`` for a file of another format, and ``CheckpointError`` for a corrupt one.
         """
-        self.entries = {entry.key: entry for path in files for entry in _header(Path(path))}
-        self._by_name = {name: self.entries[key] for key, name in names(self.entries).items()}
+        self.replace_entries({entry.key: entry for path in files for entry in _header(Path(path))}, names)
+
+    def replace_entries(self, entries: Mapping[str, TensorInfo], names: ParameterNames = _same) -> None:
+        """Describe other tensors from now on: a part of those of the files. ``names`` as of the class."""
+        self.entries = dict(entries)
+        self._keys = dict(names(self.entries))
+        self._by_name = {name: self.entries[key] for key, name in self._keys.items()}
+
+    def names_of_keys(self) -> dict[str, str]:
+        """Return the parameter name of each key that has one."""
+        return dict(self._keys)
 
     def find(self, name: str) -> TensorInfo | None:
         """Return the tensor that is loaded into the parameter ``name``, or None."""

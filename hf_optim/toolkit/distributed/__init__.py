@@ -1,16 +1,18 @@
-"""Collectives over ranks, all-to-all over a grid of nodes, and parameters sharded by FSDP2."""
+"""Collectives over ranks, all-to-all over a grid of nodes, parameters sharded by FSDP2, and layers cut into parts."""
 
-from . import collectives, fsdp
+from . import collectives, fsdp, tensor_plan
 from .exchange import Route, all_to_all, plan_route, route_from
 from .exchange_cost import ExchangeCost, fit_cost
 from .fsdp import FullWeights
 from .grid import ORDERS, Grid, grid_of, messages, ranks_per_node, shape_of
+from .rank_setting import RankSetting, rank_setting_of, set_rank_setting
 
 __all__ = [
     "ORDERS",
     "ExchangeCost",
     "FullWeights",
     "Grid",
+    "RankSetting",
     "Route",
     "all_to_all",
     "collectives",
@@ -19,7 +21,10 @@ __all__ = [
     "grid_of",
     "messages",
     "plan_route",
+    "rank_setting_of",
     "ranks_per_node",
     "route_from",
+    "set_rank_setting",
     "shape_of",
+    "tensor_plan",
 ]

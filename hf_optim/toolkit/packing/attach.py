@@ -38,7 +38,8 @@ def attach_packing(model: PreTrainedModel, largest_share: float, label: str) -> 
             "padding: load it with sdpa or eager"
         )
     first = reads_first_column(model, encoder)
-    swap_class(encoder, mixed(PackedEncoder, type(encoder)), **{PACKING: Packing(kind, largest_share, first, base)})
+    packed = mixed(PackedEncoder, type(encoder))  # type: ignore[arg-type]
+    swap_class(encoder, packed, **{PACKING: Packing(kind, largest_share, first, base)})
     swap_layers(encoder)
     if kind.registered:
         interface.register(base, encoder)

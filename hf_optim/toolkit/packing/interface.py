@@ -97,8 +97,8 @@ def attention(
         return former(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     reach = None if sliding_window is None else sliding_window - 1
-    rows = (x.transpose(1, 2)[0] for x in (query, key, value))
-    return attend_documents(*rows, documents, scale, dropout, position_bias, reach)[None], None
+    query, key, value = (x.transpose(1, 2)[0] for x in (query, key, value))
+    return attend_documents(query, key, value, documents, scale, dropout, position_bias, reach)[None], None
 
 
 def _former(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -66,9 +66,9 @@ class MPNetAttention:
             return super().forward(hidden_states, attention_mask, position_bias, **kwargs)  # type: ignore[misc]
         own: Any = self
         width = own.attention_head_size
-        rows = (part(hidden_states)[0].unflatten(-1, (-1, width)) for part in (own.q, own.k, own.v))
+        query, key, value = (part(hidden_states)[0].unflatten(-1, (-1, width)) for part in (own.q, own.k, own.v))
         dropout = own.dropout.p if own.training else 0.0
-        got = attend_documents(*rows, documents, width**-0.5, dropout, position_bias)
+        got = attend_documents(query, key, value, documents, width**-0.5, dropout, position_bias)
         return (own.o(got.flatten(1)[None]),)
 
 
@@ -86,7 +86,8 @@ def keep_bias(encoder: PreTrainedModel, documents: Documents) -> None:
             device = own.relative_attention_bias.weight.device
             documents.kept[BIAS] = own.compute_bias(longest, longest, device=device)
         elif isinstance(module, MPNetLayers):
-            weight: Any = module.relative_attention_bias.weight
+            own = module
+            weight: Any = own.relative_attention_bias.weight
             documents.kept[BIAS] = module.compute_position_bias(weight.new_empty(1, longest, 0))
 
 
@@ -95,11 +96,11 @@ def swap_layers(encoder: PreTrainedModel) -> None:
     for module in list(encoder.modules()):
         name = type(module).__name__
         if getattr(module, "has_relative_attention_bias", False):
-            swap_class(module, mixed(BiasOfDocuments, type(module)))
+            swap_class(module, mixed(BiasOfDocuments, type(module)))  # type: ignore[arg-type]
         elif name == "MPNetEncoder":
-            swap_class(module, mixed(MPNetLayers, type(module)))
+            swap_class(module, mixed(MPNetLayers, type(module)))  # type: ignore[arg-type]
         elif name == "MPNetSelfAttention":
-            swap_class(module, mixed(MPNetAttention, type(module)))
+            swap_class(module, mixed(MPNetAttention, type(module)))  # type: ignore[arg-type]
 
 
 def restore_layers(encoder: nn.Module) -> None:

@@ -59,7 +59,8 @@ class PackedEncoder:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the stock forward returns; hidden states are zeros where there is padding."""
         packing: Packing = vars(self)[PACKING]
-        given = {**dict(zip(_names(type(self)), args, strict=False)), **kwargs}
+        names = _names(type(self))  # type: ignore[arg-type]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         documents = plan(self, packing, given)
         if documents is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -9,7 +9,7 @@ Functions that need a trace take a model or a ``Trace``. Pass the same ``trace(m
 
 from .block_lists import Block, blocks, group_by_block
 from .exchanged_states import exchanged_state
-from .experts import ExpertLinear, expert_linears, has_experts
+from .experts import ExpertLinear, expert_linears, expert_stacks, has_experts
 from .fake_inputs import NoInputsError, dummy_inputs, set_example, shorten_example
 from .feed_forward import FeedForward, find_feed_forwards
 from .key_value_heads import KeyValueHeads, find_key_value_heads
@@ -48,6 +48,7 @@ __all__ = [
     "dummy_inputs",
     "exchanged_state",
     "expert_linears",
+    "expert_stacks",
     "features",
     "find_feed_forwards",
     "find_key_value_heads",

@@ -2,7 +2,7 @@
 
 A copy shares nothing that a forward could change: parameters, buffers and plain tensor attributes are replaced,
 containers and configs are copied, hooks are left out, and so is a ``forward`` bound to one instance. Running the copy
-therefore never changes the original.
+therefore never changes the original. Only the hooks of a layer that is a part of one are kept: its shapes need them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+
+from ..distributed.tensor_parts import kept_hooks
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -58,7 +60,7 @@ class _Copier:
 
     def attribute(self, name: str, value: Any) -> Any:
         hooks = isinstance(value, dict) and name.startswith("_") and "_hooks" in name
-        return OrderedDict() if hooks else self.value(value)
+        return OrderedDict(kept_hooks(name, value)) if hooks else self.value(value)
 
     def value(self, value: Any) -> Any:
         if isinstance(value, nn.Module):

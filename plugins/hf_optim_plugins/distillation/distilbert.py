@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     ),
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes"},
 )
 class DistilBERT(Distillation):
     """Replace the model by a student with some of its layers, and train the student with the model as its teacher.

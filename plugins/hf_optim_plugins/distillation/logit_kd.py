@@ -67,6 +67,7 @@ NO_DIVERGENCE = 1e-7
     contract=Contract(keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes"},
 )
 class LogitKD(Distillation):
     """Train the model to match the output distribution of a teacher (knowledge distillation).

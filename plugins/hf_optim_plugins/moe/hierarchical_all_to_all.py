@@ -36,6 +36,7 @@ from ._exchange import CONTRACT, ExchangeTechnique
     ),
     contract=CONTRACT,
     reload=Reload.STOCK_DENSE,
+    parallel={"expert": "yes"},
 )
 class HierarchicalAllToAll(ExchangeTechnique):
     """Exchange tokens between the ranks of expert parallelism in two steps: within nodes and between nodes.

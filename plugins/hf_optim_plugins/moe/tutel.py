@@ -49,6 +49,7 @@ from ._exchange import CONTRACT, ExchangeTechnique
     paper=Paper("2206.03382", "Tutel: Adaptive Mixture-of-Experts at Scale", 2022),
     contract=CONTRACT,
     reload=Reload.STOCK_DENSE,
+    parallel={"expert": "yes"},
 )
 class Tutel(ExchangeTechnique):
     """Run experts across ranks in the fastest way for the load: tokens exchanged in chunks, or weights gathered.

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     contract=Contract(needs={traits.FLOAT_WEIGHTS}, adds={traits.SPARSE}, keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes", "fsdp": "yes"},
 )
 class GMP(Technique):
     """Prune gradually during training, along a cubic ramp.

@@ -28,6 +28,7 @@ SMALL_RATE = 0.1
     ),
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes"},
 )
 class Iterative(InRounds):
     """Prune a part of the weights, fine-tune the rest, and repeat until the sparsity is reached.

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     contract=CONTRACT,
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes"},
 )
 class L0(LearnedNoise):
     """Learn which weights, neurons or heads to keep, by L0 regularization with hard concrete gates.

@@ -30,6 +30,7 @@ from ._rounds import InRounds, check_position
     ),
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"fsdp": "no"},
 )
 class LotteryTicket(InRounds):
     """Prune in rounds, and rewind the remaining weights to an early step before each retraining.

@@ -21,6 +21,7 @@ from ._rounds import InRounds, check_position
     ),
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes"},
 )
 class LRRewinding(InRounds):
     """Prune in rounds, and restart the learning-rate schedule for each retraining.

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
     paper=Paper("1506.02626", "Learning both Weights and Connections for Efficient Neural Networks", 2015),
     contract=Contract(needs={traits.FLOAT_WEIGHTS}, adds={traits.SPARSE}, keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
+    parallel={"data": "yes", "fsdp": "yes"},
 )
 class Magnitude(Technique):
     """Remove the smallest weights at once, by magnitude or by the score of Wanda.

@@ -80,6 +80,7 @@ SOURCES = {
     paper=Paper("2305.11627", "LLM-Pruner: On the Structural Pruning of Large Language Models", 2023),
     contract=Contract(needs={traits.FLOAT_WEIGHTS}, keeps={traits.SPARSE}),
     reload=Reload.STOCK_DENSE,
+    parallel={"data": "yes"},
 )
 class Structured(Technique):
     """Remove attention heads, neurons and layers, which makes the model smaller and faster.

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     contract=CONTRACT,
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes"},
 )
 class VariationalDropout(LearnedNoise):
     """Learn a noise level for each weight while training, and remove the weights that are mostly noise.

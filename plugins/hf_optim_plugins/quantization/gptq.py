@@ -79,6 +79,7 @@ STRIP = 2048
     ),
     contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
+    parallel={"calibration": "yes", "tensor": "yes"},
 )
 class GPTQ(Technique):
     """Quantize weights one column at a time, and let the remaining columns compensate the error.

@@ -52,6 +52,7 @@ Inputs = tuple["torch.Tensor | None", "torch.Tensor | None"]
     ),
     contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
+    parallel={"calibration": "yes", "tensor": "yes", "expert": "yes"},
 )
 class RTN(Technique):
     """Round weights, and optionally activations, to the nearest point of a uniform grid.

@@ -43,6 +43,7 @@ from ._scale_plan import Plan, make_plan, wiring
     ),
     contract=Contract(needs={traits.FLOAT_WEIGHTS}, owes={traits.QUANTIZED}, keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
+    parallel={"calibration": "yes"},
 )
 class SmoothQuant(Technique):
     """Fold scales into norms and neighbouring layers that make activations easy to quantize.

@@ -86,6 +86,7 @@ Observed = tuple[dict[str, Tensor] | None, dict[str, GramMatrix]]
         needs={traits.FLOAT_WEIGHTS}, adds={traits.SPARSE, traits.SPARSE_NM}, keeps={traits.SPARSE, traits.SPARSE_NM}
     ),
     reload=Reload.STOCK_DENSE,
+    parallel={"data": "yes"},
 )
 class NM(Technique):
     """Keep N of every M weights along the input (2:4): by magnitude, as Wanda does, or as SparseGPT does.

@@ -72,6 +72,7 @@ PAPER_DECAY = 2e-4
     ),
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes"},
 )
 class SRSTE(MaskedTraining):
     """Train with N:M sparse weights whose mask follows the dense weights behind them.

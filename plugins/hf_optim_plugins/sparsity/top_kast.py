@@ -68,6 +68,7 @@ EXPLORED, ACTIVE = 1, 2
     ),
     reload=Reload.STOCK_DENSE,
     trains=True,
+    parallel={"data": "yes"},
 )
 class TopKAST(MaskedTraining):
     """Train with a constant sparsity in forward and backward, and let weights compete for their place.
