@@ -10,6 +10,7 @@ bias pads queries, keys and values around the product alone, as EffectiveTransfo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
