@@ -170,7 +170,7 @@ def times(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
         "rows": [],
     }  # fmt: skip
     print("times", found, flush=True)
-    for block in TIMED:
+    for block in reversed(TIMED):
         for bits in BITS:
             ffn = _sparse_ffn_modules.SparseFFN({**settings, "block": block, "rank": WIDTH // block}).eval()
             if bits < 16:

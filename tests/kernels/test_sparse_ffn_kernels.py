@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hf_optim_kernels.sparse_ffn import cpu, launch, layer, naive, op
 from hf_optim_kernels.sparse_ffn.launch import Tiles
+from hf_optim_plugins.sparsity import _sparse_ffn_modules
 from hf_optim_plugins.sparsity._sparse_ffn_modules import SparseFFN
 
 ENTRY = {
@@ -97,6 +98,18 @@ def test_the_specification_the_cpu_form_and_the_module(case):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     if ffn.entry["act"] != "gelu_new":  # transformers writes it in other operations
         assert torch.equal(cpu.sparse_ffn(x, given), ffn(x))
+
+
+@pytest.mark.parametrize("case", ["gated", "int4"])
+def test_rows_that_are_copied_some_at_a_time(case, monkeypatch):
+    ffn = made(**CASES[case])
+    x, given = tokens(ffn), layer.layer_of(ffn)
+    whole = ffn(x)
+    monkeypatch.setattr(cpu, "COPIED_BYTES", 7 * 5 * 64 * 8)
+    monkeypatch.setattr(_sparse_ffn_modules, "COPIED_BYTES", 7 * 5 * 64 * 8)
+    assert ffn._rows_at_a_time(x, 64) == 7
+    torch.testing.assert_close(ffn(x), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cpu.sparse_ffn(x, given), whole, rtol=1e-12, atol=1e-12)
 
 
 def mask_of(ffn, x):

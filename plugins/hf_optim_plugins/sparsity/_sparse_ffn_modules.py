@@ -30,6 +30,8 @@ from hf_optim.toolkit.modules import ReplacedModules
 from ._sparse_ffn_codes import decode_rows, encode_rows
 from ._sparse_ffn_kernel import by_kernel
 
+COPIED_BYTES = 1 << 20
+"""Of rows that are copied at a time on a CPU: they are multiplied while a cache has them."""
 MOST_GATHERED = 8
 """Tokens of a call that read chosen rows alone, at most."""
 SPARSE_FFN_FIELDS = {
@@ -144,7 +146,7 @@ class SparseFFN(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits ``[T, blocks, N]`` for ``x`` ``[T, in]``; the controller is linear."""
         out = F.linear(F.linear(x, self.controller_in), self.controller_out, self.controller_bias)
-        return out.view(len(x), -1, self.entry["block"])
+        return out.view(len(x), self.entry["neurons"] // self.entry["block"], self.entry["block"])
 
     def training_mask(self, logits: Tensor) -> Tensor:
         """Return m ``[T, blocks, N]`` of one call in training."""
@@ -203,26 +205,45 @@ class SparseFFN(nn.Module):
     def gathered(self, x: Tensor) -> Tensor:
         """Return ``[T, out]`` from the chosen rows alone; for few tokens."""
         choice, factor = self.choose(self.logits(x))
-        blocks, size = choice.shape[1], self.entry["block"]
-        units = (choice + torch.arange(0, blocks * size, size, device=x.device)).reshape(-1)  # [T blocks]
+        size = self.entry["block"]
+        units = choice + torch.arange(0, choice.shape[1] * size, size, device=x.device)  # [T, blocks]
         inner = self._inner(x, "up", units)
         inner = self.act_fn(self._inner(x, "gate", units)) * inner if self.entry["gated"] else self.act_fn(inner)
         if factor is not None:
             inner = inner * factor
-        if self.entry["bits"] == 16 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        cpu = x.device.type == "cpu"
+        if cpu and self.entry["bits"] == 16 and x.dtype in (torch.float32, torch.float64):
             # Adds up chosen rows without a copy of them.
-            out = F.embedding_bag(units.view(len(x), blocks), self.down, mode="sum", per_sample_weights=inner)
+            out = F.embedding_bag(units, self.down, mode="sum", per_sample_weights=inner)
+        elif (step := self._rows_at_a_time(x, self.entry["out"])) < units.shape[1]:
+            parts = zip(units.split(step, 1), inner.split(step, 1), strict=True)
+            out = torch.stack([self._sum(own, weights) for own, weights in parts]).sum(0)
         else:
-            rows = self.rows("down", units).view(len(x), blocks, -1)
-            out = torch.bmm(inner.unsqueeze(1), rows).squeeze(1)
+            out = self._sum(units, inner)
         return out if self.bias is None else out + self.bias
+
+    def _rows_at_a_time(self, x: Tensor, columns: int) -> int:
+        """Return how many rows of each token are copied at a time: on a CPU those that a cache holds."""
+        size = x.element_size() * columns * max(1, len(x))
+        return max(1, COPIED_BYTES // size) if x.device.type == "cpu" else 2**31
 
     def _inner(self, x: Tensor, name: str, units: Tensor) -> Tensor:
         """Return the products ``[T, blocks]`` of each token with its chosen rows of a matrix."""
-        rows = self.rows(name, units).view(len(x), -1, x.shape[1])
-        out = torch.bmm(rows, x.unsqueeze(2)).squeeze(2)
+        step = self._rows_at_a_time(x, x.shape[1])
+        if step < units.shape[1]:
+            out = torch.cat([self._products(x, name, own) for own in units.split(step, 1)], dim=1)
+        else:
+            out = self._products(x, name, units)
         bias = getattr(self, f"{name}_bias")
-        return out if bias is None else out + bias.index_select(0, units).view_as(out)
+        return out if bias is None else out + bias.index_select(0, units.reshape(-1)).view_as(out)
+
+    def _products(self, x: Tensor, name: str, units: Tensor) -> Tensor:
+        rows = self.rows(name, units.reshape(-1)).view(*units.shape, -1)
+        return torch.bmm(rows, x.unsqueeze(2)).squeeze(2)
+
+    def _sum(self, units: Tensor, inner: Tensor) -> Tensor:
+        rows = self.rows("down", units.reshape(-1)).view(*units.shape, -1)
+        return torch.bmm(inner.unsqueeze(1), rows).squeeze(1)
 
     def extra_repr(self) -> str:
         own = self.entry
