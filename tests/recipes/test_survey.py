@@ -39,6 +39,6 @@ def test_the_survey_has_68_techniques_and_the_list_has_them(capsys):
 def test_a_technique_is_of_its_family_and_has_tests_that_name_it(family, name):
     spec = catalogue().get(name).spec
     assert (spec.name, spec.family) == (name, family)
-    used = re.compile(rf"[\"'_ ]{name}[\"'._ ]")
+    used = re.compile(rf"[\"'_ .]{name}[\"'._ ]|\btechnique: {name}\b")
     found = [path for path in (TESTS / "plugins").rglob("test_*.py") if used.search(path.read_text(encoding="utf-8"))]
     assert found

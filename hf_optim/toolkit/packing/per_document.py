@@ -57,14 +57,8 @@ def attend_documents(
     if query.dtype in HALF and not dropout and varlen_attn is not None:
         window = (-1, -1) if reach is None else (reach, reach)
         cu, longest = documents.cu, documents.longest
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            found: Any = varlen_attn(query, key, value, cu, cu, longest, longest, scale=scale, window_size=window)
-            return found
-        # What varlen_attn calls, without its dispatch in Python: a twelfth of a millisecond a layer.
-        return torch.ops.aten._flash_attention_forward(
-            query, key, value, cu, cu, longest, longest, 0.0, False, False,
-            scale=scale, window_size_left=window[0], window_size_right=window[1],
-        )[0]  # fmt: skip
+        found: Any = varlen_attn(query, key, value, cu, cu, longest, longest, scale=scale, window_size=window)
+        return found
     if reach is not None and reach < documents.longest - 1:
         return attend_padded(query, key, value, documents, scale, dropout, None, reach)
     return attend_nested(query, key, value, documents, scale, dropout)
