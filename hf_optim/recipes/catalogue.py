@@ -50,8 +50,8 @@ class Catalogue:
             entry = self._entry_points.get(name)
             if entry is None:
                 raise RecipeError(
-                    f"no technique {shown(name)}{did_you_mean(name, self.names())} "
-                    f"(the techniques are {', '.join(self.names())})"
+                    f"no technique {shown(name)}{did_you_mean(name, self.names())} (`hf-optim list` shows all "
+                    f"{len(self.names())})"
                 )
             self._load(entry)
         return self._classes[name]

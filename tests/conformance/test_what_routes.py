@@ -32,6 +32,7 @@ REFUSES = dict.fromkeys(
     "does not support a model that routes tokens to experts",
 )
 REFUSES |= dict.fromkeys(["big_bird", "linformer", "set_transformer"], "is causal")
+REFUSES |= {"padding_removal": "is removed from encoders of text"}
 """Techniques that do not take a model with experts, or none of this kind, and why."""
 
 NAMED = ["gptq", "lkd", "llm_int8", "mixed_precision", "obq", "qat", "rtn", "signround", "zeroquant", "gobo"]

@@ -38,13 +38,14 @@ def contradictions(record: Record, text: str, config: dict | None = None) -> lis
     compressed = stored == "compressed-tensors" if config is not None else has["quantized"] and "STOCK" in level.name
     remote = level is Reload.REMOTE_CODE
     capped = "routing" in (config or {}).get("hf_optim", {})
+    spread = any(step.get("technique") == "parallelism" for step in record.recipe.get("steps", []))
     body = re.sub(r"```.*?```", "", text.split("## Results")[1], flags=re.DOTALL)
     snippets = "".join(re.findall(r"```python.*?```", text, re.DOTALL))
     expected = {
         "(compressed-tensors)": compressed,
         DECODES: compressed,
         "- compressed-tensors\n": compressed,  # the tag
-        f'optim_config="auto"{", trust_remote_code=True" * remote})': compressed or capped,
+        f'optim_config="auto"{", trust_remote_code=True" * remote})': compressed or capped or spread,
         "computes the experts without their capacity": capped,
         "trust_remote_code=True": level is Reload.REMOTE_CODE,
         "- custom_code\n": level is Reload.REMOTE_CODE,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,15 @@ class Stack:
     ) -> _Captured:
         """Return the keys and values that a block makes of states ``[rows, n, width]``."""
         taken = _Captured()
-        with suppress(_Taken):
+        try:
             self._fills[index](hidden, *_picked(args, rows, batch, taken), **_picked(kwargs, rows, batch, taken))
+        except _Taken:
+            pass
+        except ValueError as error:
+            raise ModelError(
+                f"block {index} of {type(self.model).__name__} does not fill a cache with keys and values alone, so "
+                f'that those of tokens that leave early cannot be filled in ({error}): generate with mode="stock"'
+            ) from error
         if taken.keys is None:
             raise ModelError(
                 f"block {index} of {type(self.model).__name__} writes no keys and values into the cache, so that those "

@@ -209,8 +209,10 @@ class FindingTokens:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "forward"):
+        # A subclass that inherits the forward of one that finds tokens has it already.
+        if hasattr(cls, "forward") and not getattr(cls.forward, "finds_tokens", False):
             cls.forward = finding_tokens(cls.forward)
+            cls.forward.finds_tokens = True
 
 
 class PassingInput:

@@ -239,7 +239,8 @@ class CALM(Technique):
         figures = run.reported(self)
         if not figures:
             return
-        early_exit.save_classifier(run.model, directory)
+        if self.confidence == "classifier":
+            early_exit.save_classifier(run.model, directory)
         card.paragraph("Early exits", _card_text(figures))
         if tested := figures.get("tested"):
             rows = [[threshold, mean, p_value] for threshold, mean, p_value in tested]

@@ -93,9 +93,13 @@ class Parallelism(Technique):
         if not metrics or self.ranks == 1:
             return
         experts = f" and the experts of {metrics['mixtures']} layers" if metrics["mixtures"] else ""
+        stock = [level for level in Reload if level is not Reload.REMOTE_CODE]
+        load = card.when('`from_pretrained(..., optim_config="auto")`', reload=stock) or card.when(
+            '`from_pretrained(..., optim_config="auto", trust_remote_code=True)`', reload=[Reload.REMOTE_CODE]
+        )
         card.paragraph(
             "Several ranks",
-            f'Under `torchrun --nproc-per-node {self.ranks}`, `from_pretrained(..., optim_config="auto")` gives each '
+            f"Under `torchrun --nproc-per-node {self.ranks}`,{load} gives each "
             f"of {self.ranks} ranks a part of {metrics['layers_cut']} linear layers{experts}: "
             f"{metrics['weights_on_a_rank']} of {metrics['weights']} weights. The step changes no weight, and one "
             "process loads the model as before.",

@@ -112,15 +112,15 @@ class ReadsRows(nn.Module):
         """Return the keyword arguments of a forward, with the rows if this part has the layers."""
         if not self.__dict__.get(CORE):
             return kwargs
-        return {**kwargs, ROWS: rows_of(dict(zip(_names(self), args, strict=False)) | kwargs)}
+        return {**kwargs, ROWS: rows_of(dict(zip(_argument_names(self), args, strict=False)) | kwargs)}
 
 
-def _names(part: nn.Module) -> tuple[str, ...]:
-    return _names_of(type(part))  # type: ignore[arg-type]
+def _argument_names(part: nn.Module) -> tuple[str, ...]:
+    return _argument_names_of(type(part))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)
-def _names_of(cls: Any) -> tuple[str, ...]:
+def _argument_names_of(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
