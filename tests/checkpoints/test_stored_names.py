@@ -6,12 +6,14 @@ import ast
 import builtins
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
 from hf_optim.recipes.catalogue import catalogue
 
 
+@cache
 def stored() -> dict[str, str]:
     """Return the source that each technique with code of its own stores, by its name."""
     found = {name: getattr(catalogue().get(name), "remote_code", None) for name in catalogue().names()}
