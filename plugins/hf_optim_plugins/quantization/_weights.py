@@ -43,7 +43,7 @@ def select_layers(step: Any, run: Run, scope: Scope, **options: Any) -> tuple[di
 def cover_outside_blocks(step: Any, run: Run) -> None:
     """Record that the selected layers that lie in no block are left as they are."""
     blocks = topology.blocks(run.model)
-    selected = run.select(step.targets, step.skip)
+    selected = Scope("", run.model, run.model).select(step.targets, step.skip, experts=True)
     outside = sorted(name for name in selected if not any(block.holds(name) for block in blocks))
     run.cover(step, [], {"it lies outside the blocks": outside} if outside else {})
 

@@ -126,9 +126,9 @@ def test_it_is_the_papers_descent_written_out(inputs):
             torch.testing.assert_close(mine, weight, rtol=1e-9, atol=1e-12)
 
 
-def block_losses(model, data=IDS) -> list[float]:
+def block_losses(model, data=IDS, tiny=tiny_llama) -> list[float]:
     """Return the error of every block against the original model's, on the inputs that ``model`` gives it."""
-    dense, expected, found = tiny_llama(), {}, {}
+    dense, expected, found = tiny(), {}, {}
     for index, block in enumerate(dense.model.layers):
         block.register_forward_hook(lambda m, a, out, i=index: expected.update({i: out}))
     handles = [
@@ -177,6 +177,25 @@ def test_experts_are_learned_with_their_block(tmp_path):
     model.save_pretrained(tmp_path)
     with eval_mode(again := AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
         torch.testing.assert_close(again(IDS).logits, expected, rtol=0, atol=1e-5)
+
+
+def experts_first():
+    """A decoder whose blocks name their experts before their attention."""
+    model = tiny_mixtral()
+    for block in model.model.layers:
+        block.self_attn = block._modules.pop("self_attn")
+    return model
+
+
+@pytest.mark.parametrize("tiny", [tiny_mixtral, experts_first])
+def test_beside_experts_the_inputs_of_linear_layers_are_rounded_while_they_are_learned(tiny):
+    model = learned(tiny(), bits=3, group_size=16, activations="int8")
+    assert [last for _, last in losses(model).values()] == pytest.approx(block_losses(model, tiny=tiny), rel=1e-4)
+
+
+def test_targets_may_name_experts_alone():
+    model = learned(tiny_mixtral(), bits=3, group_size=16, targets=["*experts*"])
+    assert all(last < first for first, last in losses(model).values())
 
 
 def test_encoders_and_both_stacks_of_t5():
