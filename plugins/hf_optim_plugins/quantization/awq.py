@@ -148,8 +148,12 @@ class AWQ(Technique):
 
     def _clip(self, selected: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> set[str]:
         """Clip the weights of the layers whose inputs were seen; return their names."""
+        done = set()
         for name, module in selected.items():
-            if name in inputs:
+            # A weight of two layers is clipped once, by the inputs of the first.
+            own = id(module.weight)
+            if name in inputs and own not in done:
+                done.add(own)
                 weight = weight_out_in(module)
                 with torch.no_grad():
                     weight.copy_(clipped(weight.detach(), inputs[name], self._spec(weight)))
