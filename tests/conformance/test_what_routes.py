@@ -24,7 +24,7 @@ STOCK_CLASS |= {"moefication", "pr_moe", "sparse_ffn", "task_moe", "vmoe"}
 STOCK_CLASS |= {"act", "adaptive_span", "axial", "big_bird", "blockwise", "compressed", "compressive_transformer"}
 STOCK_CLASS |= {"dilated", "etc", "linformer", "longformer", "performer", "reformer", "rfa", "routing_transformer"}
 STOCK_CLASS |= {"set_transformer", "sinkhorn", "sparse_transformer", "strided", "transformer_xl"}
-STOCK_CLASS |= {"parallelism", "universal_transformer"}
+STOCK_CLASS |= {"parallelism", "sparse_qkv", "terraformer", "universal_transformer"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = dict.fromkeys(

@@ -38,6 +38,8 @@ def contradictions(record: Record, text: str, config: dict | None = None) -> lis
     compressed = stored == "compressed-tensors" if config is not None else has["quantized"] and "STOCK" in level.name
     remote = level is Reload.REMOTE_CODE
     capped = "routing" in (config or {}).get("hf_optim", {})
+    # Fewer heads or more positions are another architecture of the same class.
+    same_class = (config or {}).get("architectures") == [record.base_model.get("class")]
     spread = any(step.get("technique") == "parallelism" for step in record.recipe.get("steps", []))
     body = re.sub(r"```.*?```", "", text.split("## Results")[1], flags=re.DOTALL)
     snippets = "".join(re.findall(r"```python.*?```", text, re.DOTALL))
@@ -50,7 +52,7 @@ def contradictions(record: Record, text: str, config: dict | None = None) -> lis
         "trust_remote_code=True": level is Reload.REMOTE_CODE,
         "- custom_code\n": level is Reload.REMOTE_CODE,
         "An ordinary checkpoint of the same class": level is Reload.STOCK_DENSE,
-        "Another class that ships in transformers": level is Reload.STOCK_ARCH,
+        "Another class that ships in transformers": level is Reload.STOCK_ARCH and not same_class,
         "Own model code": level is Reload.REMOTE_CODE,
         "The N:M zeros are stored; they save time": has["sparse-nm"] and not has["quantized"],
         "N:M zeros in experts save no time": has["sparse-nm"] and has["moe"],
@@ -119,7 +121,7 @@ def entry_of(name):
         return None
     model = next(
         model
-        for build, sizes in (("llama", 1), ("mixtral", 1), ("t5", 2), ("vit", 2), ("llama", 2))
+        for build, sizes in (("llama", 1), ("mixtral", 1), ("t5", 2), ("vit", 2), ("bert", 2), ("llama", 2))
         if takes(cls, model := TINY[build](**{"num_layers" if build == "t5" else "num_hidden_layers": sizes}))
     )
     made = hf_optim.optimize(

@@ -13,8 +13,10 @@ Elbayad et al., "Depth-Adaptive Transformer", arXiv 1910.10073 (ICLR 2020). The 
 with ``shared`` heads are read by the model's own final norm and output head, ``own`` heads are copies that are trained.
 ``sequence`` classifiers decide once for a row, from its mean state; ``token`` classifiers for each token.
 
-What differs from the paper: its models are encoder-decoders, whose encoder runs in full before the decoder's exits are
-chosen. Here a model has one stack, so a multinomial classifier reads the state after the first exit's block. The
+Oracles, smoothing, weightings and mixed training are written as they are known from the paper, and were not compared
+with its full text. What differs from it: its models are encoder-decoders, whose encoder runs in full before the
+decoder's exits are chosen. Here a model has one stack, so a multinomial classifier reads the state after the first
+exit's block. The
 classifier reads states without shaping them: its gradient stops there. The score of a row is the mean over its labels,
 that of a token's likelihood is the sum of the paper. Gradient scaling is that of Li et al., "Improved Techniques for
 Training Adaptive Deep Networks", arXiv 1908.06294: a block gets the mean of the gradients of the exits above it. A
