@@ -273,9 +273,6 @@ def require_more(checks: dict, world: int) -> None:
 @pytest.mark.slow
 def test_more_of_what_two_ranks_do(more_of_two):
     require_more(more_of_two, 2)
-    act_order = more_of_two["act_order"][0]["found"]
-    assert "rows, input gathered" in act_order["parts"]
-    assert act_order["error"] == 0.0
 
 
 @pytest.mark.slow
