@@ -28,7 +28,17 @@ STOCK_CLASS |= {"parallelism", "sparse_qkv", "terraformer", "universal_transform
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = dict.fromkeys(
-    ["act", "moefication", "pr_moe", "sparse_ffn", "task_moe", "universal_transformer", "upcycle", "vmoe"],
+    [
+        "act",
+        "moefication",
+        "pr_moe",
+        "sparse_ffn",
+        "task_moe",
+        "terraformer",
+        "universal_transformer",
+        "upcycle",
+        "vmoe",
+    ],
     "does not support a model that routes tokens to experts",
 )
 REFUSES |= dict.fromkeys(["big_bird", "linformer", "set_transformer"], "is causal")
