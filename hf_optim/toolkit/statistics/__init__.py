@@ -11,6 +11,7 @@ from .expert_tokens import (
     few_tokens_message,
     few_tokens_paragraph,
 )
+from .feed_forward_inputs import sample_feed_forwards
 from .input_masks import real_tokens
 from .observers import ChannelAbsMax, ChannelAbsMean, HessianDiagonal, TensorMinMax
 from .recorded_batches import RecordedBatches, batch_size, can_split, sample_microbatches, take_rows
@@ -45,6 +46,7 @@ __all__ = [
     "power_iteration",
     "random_direction",
     "real_tokens",
+    "sample_feed_forwards",
     "sample_microbatches",
     "select_within_budget",
     "take_rows",

@@ -12,6 +12,7 @@ from .exchanged_states import exchanged_state
 from .experts import ExpertLinear, expert_linears, expert_stacks, has_experts
 from .fake_inputs import NoInputsError, dummy_inputs, set_example, shorten_example
 from .feed_forward import FeedForward, find_feed_forwards
+from .feed_forward_selection import select_feed_forwards
 from .key_value_heads import KeyValueHeads, find_key_value_heads
 from .layer_coverage import coverage
 from .layer_pairs import LinearPair, find_linear_pairs
@@ -72,6 +73,7 @@ __all__ = [
     "require_layers",
     "roles",
     "routes",
+    "select_feed_forwards",
     "select_layers",
     "set_example",
     "shorten_example",

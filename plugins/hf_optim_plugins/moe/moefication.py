@@ -32,8 +32,8 @@ from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, require_own_code
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import coded_experts, grouped_experts, main_output, replace, rounding_tolerance
-from hf_optim.toolkit.statistics import RowSample
-from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
+from hf_optim.toolkit.statistics import sample_feed_forwards
+from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, weight_out_in
 
 from . import _inlet_layers, _moefied_layers, _moefied_record
 from ._neuron_clusters import activation_features, balanced_kmeans, means, weight_features
@@ -153,20 +153,11 @@ class Moefication(Technique):
 
     def _layers(self, model: PreTrainedModel, label: str) -> tuple[list[FeedForward], dict[str, list[str]]]:
         """Return the feed-forward layers to divide, and what is left dense, by reason. Raises ``ModelError``."""
-        found, skipped = find_feed_forwards(topology.trace(model))
-        named = topology.select_layers(model, self.targets, self.skip)
-        chosen = [layer for layer in found if layer.down in named]
-        if not chosen:
-            why = "; ".join(f"{names[0]}: {reason}" for reason, names in skipped.items())
-            raise ModelError(
-                f"{label}: {type(model).__name__} has no feed-forward layer that can be divided: two or three linear "
-                "layers of one block with one of transformers' activations between them"
-                + (f" ({why})" if why else "; targets and skip select by the name of the last of them" * bool(found))
-            )
+        chosen, skipped = topology.select_feed_forwards(model, self.targets, self.skip, label, "that can be divided")
         for layer in chosen:
             self._sizes(layer, label)
         require_own_code(model, self.remote_code, label)
-        return chosen, {reason: [n for n in names if n in named] for reason, names in skipped.items()}
+        return chosen, skipped
 
     def _sizes(self, layer: FeedForward, label: str) -> tuple[int, int]:
         """Return the experts of a layer, and how many of them a token computes. Raises ``ModelError``."""
@@ -187,18 +178,11 @@ class Moefication(Technique):
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         model, label = scope.model, run.label(self)
         layers, skipped = self._layers(model, label)
-        inputs = {layer.down: layer.producers[0] for layer in layers}
-        with RowSample({n: model.get_submodule(n) for n in inputs.values()}, label, self.tokens) as samples:
-            yield
-        unseen = [layer.down for layer in layers if inputs[layer.down] not in samples]
-        for reason, names in topology.not_reached(unseen, ()).items():
-            skipped.setdefault(reason, []).extend(names)
-        layers = [layer for layer in layers if layer.down not in unseen]
-        if not layers:
-            raise ModelError(f"{label}: no calibration token reached a feed-forward layer; calibrate with other data")
+        samples, layers, unreached = yield from sample_feed_forwards(model, layers, label, self.tokens)
+        skipped |= unreached
         expected = main_output(model, dummy_inputs(model))
         parameters = {layer.down: dense_parameters(model, layer) for layer in layers}
-        made = self._divide(run, layers, {down: samples[name] for down, name in inputs.items() if name in samples})
+        made = self._divide(run, layers, samples)
         self._verify(model, made, expected, label)
         run.cover(self, [f"{name}.experts" for name in made], skipped)
         figures = run.state(self).figures

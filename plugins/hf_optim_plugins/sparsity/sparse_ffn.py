@@ -36,8 +36,8 @@ from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, require_own_code
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import main_output, replace, rounding_tolerance
-from hf_optim.toolkit.statistics import RowSample
-from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
+from hf_optim.toolkit.statistics import sample_feed_forwards
+from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, weight_out_in
 
 from . import _sparse_ffn_codes, _sparse_ffn_kernel, _sparse_ffn_modules, _sparse_ffn_record
 from ._sparse_ffn_controller import Units, contributions, exclusive_order, train_controller
@@ -148,20 +148,11 @@ class SparseFFN(Technique):
     # -- which layers -------------------------------------------------------------------------------------------------
     def _layers(self, model: PreTrainedModel, label: str) -> tuple[list[FeedForward], dict[str, list[str]]]:
         """Return the feed-forward layers to change, and what is left dense, by reason. Raises ``ModelError``."""
-        found, skipped = find_feed_forwards(topology.trace(model))
-        named = topology.select_layers(model, self.targets, self.skip)
-        chosen = [layer for layer in found if layer.down in named]
-        if not chosen:
-            why = "; ".join(f"{names[0]}: {reason}" for reason, names in skipped.items())
-            raise ModelError(
-                f"{label}: {type(model).__name__} has no feed-forward layer to make sparse: two or three linear layers "
-                "of one block with one of transformers' activations between them"
-                + (f" ({why})" if why else "; targets and skip select by the name of the last of them" * bool(found))
-            )
+        chosen, skipped = topology.select_feed_forwards(model, self.targets, self.skip, label, "to make sparse")
         for layer in chosen:
             self._entry(model, layer, label)
         require_own_code(model, self.remote_code, label)
-        return chosen, {reason: [n for n in names if n in named] for reason, names in skipped.items()}
+        return chosen, skipped
 
     def _entry(self, model: PreTrainedModel, layer: FeedForward, label: str, bits: int = 16) -> dict[str, Any]:
         """Return what the configuration says of a layer. Raises ``ModelError`` if its sizes do not fit."""
@@ -213,16 +204,8 @@ class SparseFFN(Technique):
         layers, skipped = self._layers(model, label)
         samples: dict[str, Tensor] = {}
         if self.needs_data():
-            inputs = {layer.down: layer.producers[0] for layer in layers}
-            with RowSample({n: model.get_submodule(n) for n in inputs.values()}, label, self.tokens) as found:
-                yield
-            unseen = [layer.down for layer in layers if inputs[layer.down] not in found]
-            for reason, names in topology.not_reached(unseen, ()).items():
-                skipped.setdefault(reason, []).extend(names)
-            layers = [layer for layer in layers if layer.down not in unseen]
-            if not layers:
-                raise ModelError(f"{label}: no calibration token reached a feed-forward layer; take other data")
-            samples = {down: found[name] for down, name in inputs.items() if name in found}
+            samples, layers, unreached = yield from sample_feed_forwards(model, layers, label, self.tokens)
+            skipped |= unreached
         else:
             yield
         expected = main_output(model, dummy_inputs(model)) if self.start == "dense" else None
