@@ -68,13 +68,13 @@ class Grid:
     def quantize(self, values: torch.Tensor) -> torch.Tensor:
         """Return the codes of the nearest grid points: int8, or float8 for float grids; the shape of ``values``."""
         parts = group_by_scale(values.to(self.scale.dtype), self.spec)
-        scale, zero = self._scale_and_zero(parts)
+        scale, zero = self.scale_and_zero(parts)
         return round_codes(parts, scale, zero, self.spec).reshape(values.shape).to(self.code_dtype)
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the values of codes, in the dtype of ``scale``."""
         parts = group_by_scale(codes.to(self.scale.dtype), self.spec)
-        scale, zero = self._scale_and_zero(parts)
+        scale, zero = self.scale_and_zero(parts)
         return ((parts - zero) * scale).reshape(codes.shape)
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ class Grid:
         """Return the dtype of the codes."""
         return FLOAT8 if self.spec.type == "float" else torch.int8
 
-    def _scale_and_zero(self, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def scale_and_zero(self, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and zero point in a shape that broadcasts over ``parts``."""
         shape = (*parts.shape[:-1], 1)
         zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.to(self.scale.dtype)

@@ -4,7 +4,7 @@ Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quan
 equations 3 to 5. With the range ``[low, high]`` of the weights that share a scale::
 
     s  = (b high - a low) / (2^bits - 1)          symmetric: 2 max(b high, -a low) / (2^bits - 1)
-    q  = clamp(round(w / s + z + V))              V in [-limit, limit], the paper's limit is 0.5
+    q  = clamp(round(w / s + z + V))              V in [-0.5, 0.5]
     w^ = (q - z) s                                a, b in (0, 1]
 
 The gradient of the rounding is that of the identity, so ``V`` moves a code where the block's output gains by it, and
@@ -22,6 +22,7 @@ from torch import Tensor
 from .fake_quant import round_scale
 from .grids import Grid, GridSpec, group_by_scale, make_grid
 
+LARGEST_OFFSET = 0.5  # a weight is rounded up or down, and no further
 # Smallest share of a range: at 0 a scale would be 0, from which no gradient leads back. A range that was searched for
 # may grow again, that of the weights may not.
 SMALLEST_SHARE, LARGEST_SHARE = 0.05, {"minmax": 1.0, "mse": 2.0}
@@ -34,7 +35,6 @@ class LearnedRounding:
         spec: the kind of grid; integer codes.
         offset: ``V``, ``[out, in]``, leaf that requires gradients; float32, or float64 for float64 weights.
         shares: ``a`` and ``b``, each of the shape of a scale, leaves; empty if the range is not learned.
-        limit: the largest magnitude of an offset.
     """
 
     def __init__(
@@ -44,8 +44,6 @@ class LearnedRounding:
         observer: Literal["minmax", "mse"] = "minmax",
         *,
         learn_range: bool = True,
-        limit: float = 0.5,
-        fixed: Grid | None = None,
     ) -> None:
         """Begin at round-to-nearest.
 
@@ -54,17 +52,12 @@ class LearnedRounding:
             spec: the kind of grid.
             observer: the range that shares are of: ``"minmax"``, or that of the least squared error (``"mse"``).
             learn_range: train the shares.
-            limit: the largest magnitude of an offset.
-            fixed: a grid to keep, in place of ``spec`` and ``observer``; its range is then not learned.
         """
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight, self.dtype = weight.detach().to(wide), weight.dtype
-        self.spec, self.limit = (spec if fixed is None else fixed.spec), limit
-        self.fixed, self._largest = fixed, LARGEST_SHARE[observer]
+        self.spec, self._largest = spec, LARGEST_SHARE[observer]
         self.offset = torch.zeros_like(self.weight).requires_grad_()
         self.shares: tuple[Tensor, ...] = ()
-        if fixed is not None:
-            return
         grid = make_grid(self.weight, spec, observer, weight.dtype)
         self._low, self._high = _range_of(grid, group_by_scale(self.weight, spec), observer)
         self._plain = None if learn_range else grid
@@ -78,14 +71,12 @@ class LearnedRounding:
     @torch.no_grad()
     def project(self) -> None:
         """Bring offsets and shares back into their bounds, in place."""
-        self.offset.clamp_(-self.limit, self.limit)
+        self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
         for share in self.shares:
             share.clamp_(SMALLEST_SHARE, self._largest)
 
     def grid(self) -> Grid:
         """Return the grid that is stored; its scale has the gradient of the shares."""
-        if self.fixed is not None:
-            return self.fixed
         if self._plain is not None:
             return self._plain
         spec = self.spec
@@ -100,8 +91,7 @@ class LearnedRounding:
     def fake_weight(self) -> Tensor:
         """Return the quantized weight ``[out, in]`` in the weight's dtype, with the gradients of the parameters."""
         grid = self.grid()
-        scale, zero = _broadcast(grid, self.weight.dtype)
-        parts = self._scaled(scale, zero)
+        parts, scale, zero = self._scaled(grid)
         codes = (parts + (parts.round() - parts).detach()).clamp(self.spec.low, self.spec.high) - zero
         return (codes * scale).reshape(self.weight.shape).to(self.dtype)
 
@@ -110,21 +100,14 @@ class LearnedRounding:
         """Return the int8 codes ``[out, in]`` and their grid, without gradients."""
         grid = self.grid()
         grid = Grid(grid.spec, grid.scale.detach(), grid.zero_point)
-        scale, zero = _broadcast(grid, self.weight.dtype)
-        codes = self._scaled(scale, zero).round().clamp(self.spec.low, self.spec.high)
+        codes = self._scaled(grid)[0].round().clamp(self.spec.low, self.spec.high)
         return codes.reshape(self.weight.shape).to(torch.int8), grid
 
-    def _scaled(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return what is rounded to codes, grouped by scale."""
-        return group_by_scale(self.weight, self.spec) / scale + zero + group_by_scale(self.offset, self.spec)
-
-
-def _broadcast(grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point in a shape that broadcasts over ``group_by_scale``."""
-    shape = (1, 1) if grid.spec.strategy == "tensor" else (*grid.scale.shape, 1)
-    scale = grid.scale.to(dtype).reshape(shape)
-    zero = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.to(dtype).reshape(shape)
-    return scale, zero.detach()
+    def _scaled(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is rounded to codes, grouped by scale, and the scale and zero point that broadcast over it."""
+        parts = group_by_scale(self.weight, self.spec)
+        scale, zero = grid.scale_and_zero(parts)
+        return parts / scale + zero + group_by_scale(self.offset, self.spec), scale, zero
 
 
 def _range_of(grid: Grid, parts: Tensor, observer: str) -> tuple[Tensor, Tensor]:

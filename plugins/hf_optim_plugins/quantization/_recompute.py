@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -83,8 +83,7 @@ def block_losses(case: Any, model: nn.Module) -> dict[str, float]:
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            # The cache already holds the keys of this pass.
-            calls[name].append((args, {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}, out))
+            calls[name].append((args, kwargs, out))
 
         return hook
 
@@ -92,16 +91,7 @@ def block_losses(case: Any, model: nn.Module) -> dict[str, float]:
         for block in blocks:
             stack.callback(block.module.register_forward_hook(keep(block.name), with_kwargs=True).remove)
         case.outputs(case.before)
-    losses = {}
-    for block in blocks:
-        errors = []
-        for args, kwargs, out in calls[block.name]:
-            with torch.no_grad():
-                made = model.get_submodule(block.name)(*args, **kwargs)
-            first, second = (value[0] if isinstance(value, tuple) else value for value in (made, out))
-            errors.append(float((first.double() - second.double()).square().mean()))
-        losses[block.name] = sum(errors) / len(errors)
-    return losses
+    return {block.name: _mean_loss(model.get_submodule(block.name), calls[block.name]) for block in blocks}
 
 
 def sequential_losses(case: Any, model: nn.Module) -> dict[str, float]:
@@ -126,15 +116,21 @@ def sequential_losses(case: Any, model: nn.Module) -> dict[str, float]:
         with ExitStack() as stack:
             stack.callback(handle.remove)
             case.outputs(mixed)
-        errors = []
-        for (args, kwargs), out in zip(seen, expected[block.name], strict=True):
-            given = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-            with torch.no_grad():
-                made = model.get_submodule(block.name)(*args, **given)
-            first, second = (value[0] if isinstance(value, tuple) else value for value in (made, out))
-            errors.append(float((first.double() - second.double()).square().mean()))
-        losses[block.name] = sum(errors) / len(errors)
+        calls = [(args, kwargs, out) for (args, kwargs), out in zip(seen, expected[block.name], strict=True)]
+        losses[block.name] = _mean_loss(model.get_submodule(block.name), calls)
     return losses
+
+
+@torch.no_grad()
+def _mean_loss(block: nn.Module, calls: Sequence[tuple[Any, Any, Any]]) -> float:
+    """Return the mean squared error of a block over calls: arguments, keyword arguments, and the output to match."""
+    errors = []
+    for args, kwargs, out in calls:
+        # The cache already holds the keys of the pass that was recorded.
+        made = block(*args, **{key: None if isinstance(value, Cache) else value for key, value in kwargs.items()})
+        first, second = (value[0] if isinstance(value, tuple) else value for value in (made, out))
+        errors.append(float((first.double() - second.double()).square().mean()))
+    return sum(errors) / len(errors)
 
 
 def rounded(case: Any, bits: int, group_size: int | None) -> nn.Module:

@@ -125,8 +125,9 @@ class SignRound(Technique):
             name: compressed.scheme_of(made[name].spec, self.activations if isinstance(layer, nn.Linear) else None)
             for name, layer in layers.items()
         }
-        rounding = next((compressed.input_quantizer(schemes[name]) for name in layers), None)
-        with rounded_inputs(layers, rounding if self.activations else None):
+        linear = [scheme for name, scheme in schemes.items() if isinstance(layers[name], nn.Linear)]
+        rounding = compressed.input_quantizer(linear[0]) if self.activations and linear else None
+        with rounded_inputs(layers, rounding):
             losses = block_reconstruction.reconstruct_block(
                 block,
                 [tensor for each in made.values() for tensor in each.parameters()],
