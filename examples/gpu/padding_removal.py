@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertModel
 
-from hf_optim.toolkit.packing import KINDS, attach_packing, detach_packing
+from hf_optim.toolkit.packing import KINDS, attach_packing, detach_packing, packing_of
 
 TINY = os.environ.get("TINY") == "1"
 DEVICE = "cpu" if TINY else "cuda"
@@ -192,10 +192,30 @@ def main() -> None:
         times["sorted in four batches, stock"] = median(in_parts)
         times["no padding, stock"] = median(lambda: model(**bound))
         times["no padding, stock, host"] = host(lambda: model(**bound))
+        stock = model(**inputs)[0].double()
+        attach_packing(model, 0.95, "times", capture=False)
+        times["packed, launched"] = median(lambda: model(**inputs))
+        times["packed, launched, host"] = host(lambda: model(**inputs))
+        times["sorted in four batches, packed, launched"] = median(in_parts)
         attach_packing(model, 0.95, "times")
         times["packed"] = median(lambda: model(**inputs))
         times["packed, host"] = host(lambda: model(**inputs))
         times["sorted in four batches, packed"] = median(in_parts)
+        mask = inputs["attention_mask"].bool()
+        difference = (model(**inputs)[0].double() - stock)[mask].norm() / stock[mask].norm()
+        result["packed, captured: difference from stock"] = float(difference)
+        others = [batch_of(lengths_for(BATCH, LENGTH, SHARE, seed), LENGTH) for seed in range(1, 2 * ROUNDS + 1)]
+        each = []
+        for other in others:
+            synchronize()
+            start = time.perf_counter()
+            model(**other)
+            synchronize()
+            each.append((time.perf_counter() - start) * 1e3)
+        times["packed, a batch of other lengths, first 10"] = statistics.median(each[:10])
+        times["packed, a batch of other lengths, last half"] = statistics.median(each[len(each) // 2 :])
+        times["packed, a batch of other lengths, slowest"] = max(each)
+        result["graphs"] = len(packing_of(model).captured.graphs)
         if not TINY:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 for _ in range(5):

@@ -13,9 +13,15 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..toolkit import compat
+from ..toolkit.modules.graph_capture import (
+    CaptureError,
+    CaptureMemoryError,
+    has_graphs,
+    random_state,
+    set_random_state,
+)
 from . import sessions
 from .attention import on_kernel
-from .capture import CaptureError, CaptureMemoryError, has_graphs, random_state, set_random_state
 from .early_exit import door as early_exits
 from .inputs import most_positions, require_device, require_room
 from .loop import Decoding, WrongStep

@@ -11,8 +11,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..toolkit.compat import CACHE
+from ..toolkit.modules.graph_capture import CaptureMemoryError
 from .batch import Prefilled
-from .capture import CaptureMemoryError
 from .session import DecodeSession
 from .static_cache import next_logits
 from .stopping import Sequences

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..toolkit.compat import CACHE
+from ..toolkit.modules.graph_capture import CaptureError, CaptureMemoryError
 from . import capture
 from .attention import on_kernel
 from .batch import Prefilled
@@ -162,7 +163,7 @@ class DecodeSession:
 
         It is captured at the first use of a setting, over the buffers as they are loaded. A step that cannot be
         compiled is captured as it is, and processors that cannot be captured run eagerly. Raises
-        ``capture.CaptureError``.
+        ``CaptureError``.
         """
         if captured and setting.replay is None:
             self._capture_step(model, setting, compiled)
@@ -192,15 +193,15 @@ class DecodeSession:
             for run, samples in ((step, True), (forward, False)):
                 try:
                     setting.replay, setting.samples = self._capture(run), samples
-                except capture.CaptureMemoryError:
+                except CaptureMemoryError:
                     raise
-                except capture.CaptureError as error:
+                except CaptureError as error:
                     reasons.append(str(error))
                     continue
                 if compiled and call is capture.call:
                     self.uncompiled = reasons[0]
                 return
-        raise capture.CaptureError(reasons[-1])
+        raise CaptureError(reasons[-1])
 
     def _capture(self, run: Callable[[], None]) -> Callable[[], None]:
         buffers = [self.tokens, self.count, self.done, self.first_nan, self.logits]
@@ -218,7 +219,7 @@ class DecodeSession:
         pool, self._pool = self._pool, None  # a capture that fails spoils it
         try:
             replay, self._pool = capture.capture(run, restore, self.device, pool)
-        except capture.CaptureError:
+        except CaptureError:
             restore()
             raise
         return replay

@@ -13,6 +13,7 @@ from simulated_graphs import simulated_graphs
 
 import hf_optim
 from hf_optim.generation import capture, door, sessions
+from hf_optim.toolkit.modules import graph_capture
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ class Broken(Exception):
 def failing(error, times=99):
     """Return a capture that fails in the middle of a step ``times`` times, and then works."""
     left = [times]
-    works = capture._record
+    works = graph_capture._record
 
     def record(run, restore, device, pool):
         if left[0] == 0:
@@ -151,16 +152,16 @@ def test_the_generator_of_a_failed_capture_is_mended_before_it_is_read(llama, gr
         assert not capturing[0]
         return torch.get_rng_state()
 
-    monkeypatch.setattr(capture, "_record", record)
-    monkeypatch.setattr(capture, "random_state", state)
-    monkeypatch.setattr(capture, "_end_capture", lambda *_: capturing.clear() or capturing.append(False))
+    monkeypatch.setattr(graph_capture, "_record", record)
+    monkeypatch.setattr(graph_capture, "random_state", state)
+    monkeypatch.setattr(graph_capture, "_end_capture", lambda *_: capturing.clear() or capturing.append(False))
     with pytest.warns(hf_optim.GenerationWarning, match="a synchronization"):
         hf_optim.generate(llama, **prompt(llama), max_new_tokens=6, mode="captured", do_sample=True)
     assert not capturing[0]
 
 
 def test_a_pool_in_which_a_capture_failed_is_not_used_again(llama, graphs, monkeypatch):
-    pools, works = [], capture._record
+    pools, works = [], graph_capture._record
 
     def record(run, restore, device, pool):
         pools.append(pool)
@@ -168,7 +169,7 @@ def test_a_pool_in_which_a_capture_failed_is_not_used_again(llama, graphs, monke
             raise Broken("a synchronization")
         return works(run, restore, device, pool)[0], f"pool {len(pools)}"
 
-    monkeypatch.setattr(capture, "_record", record)
+    monkeypatch.setattr(graph_capture, "_record", record)
     for settings in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 3}):
         hf_optim.generate(llama, **prompt(llama), max_new_tokens=4, mode="captured", **settings)
     assert pools == [None, "pool 1", "pool 2", None]  # the third is tried again with its processors outside
@@ -178,7 +179,7 @@ def test_a_pool_in_which_a_capture_failed_is_not_used_again(llama, graphs, monke
 def test_a_step_that_cannot_be_captured_runs_in_transformers_loop(llama, graphs, monkeypatch, settings):
     inputs = prompt(llama)
     expected = both(llama, inputs, **SETTINGS[settings])[0]
-    monkeypatch.setattr(capture, "_record", failing(Broken("no graph of this")))
+    monkeypatch.setattr(graph_capture, "_record", failing(Broken("no graph of this")))
     for _ in range(2):
         torch.manual_seed(5)
         with pytest.warns(hf_optim.GenerationWarning, match=r"cannot be captured \(Broken: no graph of this\)") as seen:
@@ -214,7 +215,7 @@ def test_a_reason_does_not_take_the_place_of_a_session(llama, graphs):
 
 def test_processors_that_cannot_be_captured_run_eagerly(llama, graphs, monkeypatch):
     """The step without them is captured then: the failure of both together is followed by one of the forward alone."""
-    monkeypatch.setattr(capture, "_record", failing(Broken("a synchronization"), times=1))
+    monkeypatch.setattr(graph_capture, "_record", failing(Broken("a synchronization"), times=1))
     inputs = prompt(llama)
     assert torch.equal(*(both(llama, inputs, **SETTINGS["sampled"])[0], run(llama, inputs, **SETTINGS["sampled"])))
     assert len(graphs.captured) == 1
@@ -232,7 +233,7 @@ def test_out_of_memory_in_a_capture_is_said_and_frees_what_was_made(llama, graph
 
     monkeypatch.setattr(door, "DecodeSession", remembered)
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "_record", failing(torch.OutOfMemoryError("full")))
+        patch.setattr(graph_capture, "_record", failing(torch.OutOfMemoryError("full")))
         gc.disable()  # freed at once: the loop of transformers needs the memory now
         try:
             with pytest.warns(hf_optim.GenerationWarning, match="out of memory while the step was captured"):
@@ -274,8 +275,8 @@ def test_out_of_memory_in_a_step_that_is_checked_is_not_taken_for_a_right_step(l
 def test_an_interrupted_capture_leaves_the_model_usable(llama, graphs, monkeypatch):
     inputs, ended = prompt(llama), []
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "_record", failing(KeyboardInterrupt()))
-        patch.setattr(capture, "_end_capture", lambda device, *_: ended.append(device))
+        patch.setattr(graph_capture, "_record", failing(KeyboardInterrupt()))
+        patch.setattr(graph_capture, "_end_capture", lambda device, *_: ended.append(device))
         with pytest.raises(KeyboardInterrupt):
             hf_optim.generate(llama, **inputs, max_new_tokens=20, mode="captured")
     assert ended == [torch.device("cpu")]

@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_optim
 from hf_optim.generation import sessions
-from hf_optim.generation.capture import CaptureError
 from hf_optim.toolkit.compat import CACHE
+from hf_optim.toolkit.modules.graph_capture import CaptureError
 
 
 @pytest.fixture

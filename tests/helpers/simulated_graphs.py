@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
-from hf_optim.generation import capture, door
+from hf_optim.generation import door
+from hf_optim.toolkit.modules import graph_capture
 
 SYNCHRONIZES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero"}
 
@@ -36,7 +37,7 @@ class Graphs:
 
     def record(self, run, restore, device, pool):
         self.runs_compiled = False
-        for _ in range(capture.WARM_UPS):
+        for _ in range(graph_capture.WARM_UPS):
             run()
             restore()
         if not self.runs_compiled:  # compiled steps ask the host for nothing, and a mode would compile them again
@@ -69,7 +70,7 @@ def simulated_graphs() -> Iterator[Graphs]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "has_graphs", lambda device: True)
-        patch.setattr(capture, "_record", graphs.record)
-        patch.setattr(capture, "_end_capture", lambda device, random, *_: torch.set_rng_state(random))
+        patch.setattr(graph_capture, "_record", graphs.record)
+        patch.setattr(graph_capture, "_end_capture", lambda device, random, *_: torch.set_rng_state(random))
         patch.setattr(torch, "compile", counted)
         yield graphs

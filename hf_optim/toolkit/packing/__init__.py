@@ -6,8 +6,8 @@ from .attach import (
     attach_stored_packing,
     detach_packing,
     packing_of,
-    store_share,
-    stored_share,
+    store_setting,
+    stored_setting,
 )
 from .documents import Documents, read_rows
 from .encoders import KINDS, find_encoder
@@ -26,6 +26,6 @@ __all__ = [
     "find_encoder",
     "packing_of",
     "read_rows",
-    "store_share",
-    "stored_share",
+    "store_setting",
+    "stored_setting",
 ]

@@ -21,11 +21,13 @@ from .own_attention import restore_layers, swap_layers
 from .packed_encoder import PACKING, PackedEncoder, Packing
 
 SETTING = "hf_optim_packing"
-SHARE = "largest_share"
+SHARE, CAPTURE = "largest_share", "capture"
 
 
-def attach_packing(model: PreTrainedModel, largest_share: float, label: str) -> str:
+def attach_packing(model: PreTrainedModel, largest_share: float, label: str, capture: bool = True) -> str:
     """Let the encoder of ``model`` remove padding, in place; return its name (``""`` for the model itself).
+
+    ``capture``: on a GPU, forwards whose sizes come again are CUDA graphs.
 
     Raises ``ModelError`` for a model that cannot be packed.
     """
@@ -39,7 +41,7 @@ def attach_packing(model: PreTrainedModel, largest_share: float, label: str) -> 
         )
     first = reads_first_column(model, encoder)
     packed = mixed(PackedEncoder, type(encoder))  # type: ignore[arg-type]
-    swap_class(encoder, packed, **{PACKING: Packing(kind, largest_share, first, base)})
+    swap_class(encoder, packed, **{PACKING: Packing(kind, largest_share, first, base, capture)})
     swap_layers(encoder)
     if kind.registered:
         interface.register(base, encoder)
@@ -54,9 +56,9 @@ def attach_stored_packing(model: nn.Module) -> None:
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            share = stored_share(part.config)
-            if share is not None and packing_of(part) is None:
-                attach_packing(part, share, f"config.json: {SETTING}")
+            setting = stored_setting(part.config)
+            if setting is not None and packing_of(part) is None:
+                attach_packing(part, setting[SHARE], f"config.json: {SETTING}", setting[CAPTURE])
             return
 
 
@@ -78,19 +80,21 @@ def packing_of(model: nn.Module) -> Packing | None:
     return next((vars(module)[PACKING] for module in model.modules() if PACKING in vars(module)), None)
 
 
-def store_share(config: Any, share: float) -> None:
-    """Write the setting into a configuration."""
-    setattr(config, SETTING, {SHARE: share})
+def store_setting(config: Any, share: float, capture: bool) -> None:
+    """Write the setting into a configuration; that forwards are captured goes without saying."""
+    setattr(config, SETTING, {SHARE: share} if capture else {SHARE: share, CAPTURE: False})
 
 
-def stored_share(config: Any) -> float | None:
+def stored_setting(config: Any) -> dict[str, Any] | None:
     """Return the setting in a configuration, or None. Raises ``ModelError`` if it is malformed."""
     found = getattr(config, SETTING, None)
     if found is None:
         return None
-    if not isinstance(found, Mapping) or set(found) != {SHARE}:
-        raise ModelError(f"config.json: {SETTING} must be a mapping with {SHARE} alone, not {shown(found)}")
-    share = found[SHARE]
+    if not isinstance(found, Mapping) or SHARE not in found or set(found) - {SHARE, CAPTURE}:
+        raise ModelError(f"config.json: {SETTING} must be a mapping with {SHARE}, not {shown(found)}")
+    capture, share = found.get(CAPTURE, True), found[SHARE]
+    if not isinstance(capture, bool):
+        raise ModelError(f"config.json: {SETTING}.{CAPTURE} must be true or false, not {shown(capture)}")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ModelError(f"config.json: {SETTING}.{SHARE} must be a number above 0 and up to 1, not {shown(share)}")
-    return float(share)
+    return {SHARE: float(share), CAPTURE: capture}

@@ -101,6 +101,14 @@ def attention(
     return attend_documents(query, key, value, documents, scale, dropout, position_bias, reach)[None], None
 
 
+def per_row(arguments: dict[str, Any], documents: Documents) -> dict[str, Any]:
+    """Return arguments of a forward by which its attention learns of the documents."""
+    # A mask of four dimensions is handed on as it is, and our attention does not read it.
+    mask = documents.cu[:1].view(1, 1, 1, 1)
+    setattr(mask, DOCUMENTS, documents)
+    return {**arguments, DOCUMENTS: documents, "attention_mask": mask}
+
+
 def _former(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return the function of an implementation; that of eager attention belongs to the file of the module's class."""
     registry = AttentionInterface()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import ModelError
 from . import interface
+from .captured_rows import CapturedRows
 from .documents import Documents, read_rows
 from .encoders import Kind, is_traced, packed_positions, pool
 from .own_attention import keep_bias
@@ -34,15 +35,18 @@ class Packing:
         largest_share: batches with a larger share of valid tokens run as in stock transformers.
         first_column: a head reads column 0 of the hidden states.
         base: the former attention implementation.
+        captures: on a GPU, forwards of sizes that come again are CUDA graphs.
     """
 
     kind: Kind
     largest_share: float
     first_column: bool
     base: str
+    captures: bool = True
 
     def __post_init__(self) -> None:
         self.warned: set[str] = set()
+        self.captured = CapturedRows(self.captures and not self.kind.bias)
 
     def stock(self, reason: str) -> None:
         """Warn, once for each reason, that a batch takes the stock forward."""
@@ -70,8 +74,10 @@ class PackedEncoder:
         if packing.kind.bias:
             keep_bias(self, documents)  # type: ignore[arg-type]
         inputs = packed_inputs(self, packing.kind, given, documents)
-        outputs = super().forward(**{**given, **inputs}, return_dict=True)  # type: ignore[misc]
-        unpack_outputs(self, outputs, documents)
+        row = {**given, **inputs, "return_dict": True}
+        finish = partial(unpack_outputs, self, documents)
+        stock = super().forward  # type: ignore[misc]
+        outputs = packing.captured.forward(self, stock, row, documents, finish)  # type: ignore[arg-type]
         return outputs if wants_dict else outputs.to_tuple()
 
 
@@ -126,20 +132,17 @@ def plan(encoder: Any, packing: Packing, given: dict[str, Any]) -> Documents | N
 @torch.compiler.disable
 def packed_inputs(encoder: Any, kind: Kind, given: dict[str, Any], documents: Documents) -> dict[str, Any]:
     """Return the arguments of the stock forward that differ for a packed row."""
-    made: dict[str, Any] = {interface.DOCUMENTS: documents}
+    made: dict[str, Any] = {}
     for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
         if given.get(name) is not None:
             made[name] = documents.pack(given[name])
     if kind.positions != "none" and given.get("position_ids") is None:
         made["position_ids"] = packed_positions(encoder, kind, given, documents.index, documents.columns)
-    # A mask of four dimensions is handed on as it is, and our attention does not read it.
-    made["attention_mask"] = mask = documents.cu[:1].view(1, 1, 1, 1)
-    setattr(mask, interface.DOCUMENTS, documents)
-    return made
+    return interface.per_row(made, documents)
 
 
 @torch.compiler.disable
-def unpack_outputs(encoder: Any, outputs: Any, documents: Documents) -> None:
+def unpack_outputs(encoder: Any, documents: Documents, outputs: Any) -> None:
     """Give the outputs of a packed row the shape of the batch, in place: hidden states, and those of the pooler."""
     last = outputs.last_hidden_state
     outputs.last_hidden_state = padded = documents.unpack(last)

@@ -52,9 +52,12 @@ class PaddingRemoval(Technique):
     Attributes:
         largest_share: batches of which more than this share is valid tokens run with their padding, as in stock
             transformers: there is little to save, and packing costs something.
+        capture: on a GPU, in half precision and without gradients, run forwards whose sizes come again as CUDA graphs:
+            without padding, the launches of an encoder take longer than its work. Each size costs memory.
     """
 
     largest_share: float = option(0.95, above=0.0, high=1.0)
+    capture: bool = True
 
     @classmethod
     def for_testing(cls) -> PaddingRemoval:
@@ -69,15 +72,15 @@ class PaddingRemoval(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         model = run.model
-        name = packing.attach_packing(model, self.largest_share, run.label(self))
-        packing.store_share(model.config, self.largest_share)
+        name = packing.attach_packing(model, self.largest_share, run.label(self), self.capture)
+        packing.store_setting(model.config, self.largest_share, self.capture)
         run.report(self, encoder=name or type(model).__name__, largest_share=self.largest_share)
 
     def recompute(self, case: Any) -> dict[str, Any]:
         encoder, _ = packing.find_encoder(case.after, "recompute")
         name = next(name for name, module in case.after.named_modules() if module is encoder)
-        share = packing.stored_share(case.after.config)
-        return {"encoder": name or type(case.after).__name__, "largest_share": share}
+        setting = packing.stored_setting(case.after.config) or {}
+        return {"encoder": name or type(case.after).__name__, "largest_share": setting.get("largest_share")}
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
