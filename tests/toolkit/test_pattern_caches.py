@@ -13,7 +13,17 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, M
 from transformers.cache_utils import DynamicLayer
 
 import hf_optim
-from hf_optim.toolkit.attention import FIELD, Band, HeadPatterns, Pattern, PatternLayer, kept, slots_for, tokens_kept
+from hf_optim.toolkit.attention import (
+    FIELD,
+    Band,
+    HeadPatterns,
+    Pattern,
+    PatternLayer,
+    dense_attention,
+    kept,
+    slots_for,
+    tokens_kept,
+)
 from hf_optim.toolkit.attention.caches import HeldKeys
 from hf_optim.toolkit.compat import CACHE
 
@@ -289,10 +299,10 @@ def test_a_step_gathers_the_keys_it_sees(monkeypatch):
     monkeypatch.setattr(
         kept, "masked_attention", lambda q, key, *args: (read.append(key.shape[2]), product(q, key, *args))[1]
     )
-    plain = kept.functional.scaled_dot_product_attention
+    plain = kept.dense_product
     monkeypatch.setattr(
-        kept.functional,
-        "scaled_dot_product_attention",
+        kept,
+        "dense_product",
         lambda q, key, *args, **kwargs: (read.append(key.shape[2]), plain(q, key, *args, **kwargs))[1],
     )
     model = make("llama", "strided", max_position_embeddings=2048)
@@ -561,3 +571,35 @@ def test_tokens_kept_are_the_most_that_any_later_token_sees(name):
 
 def test_a_window_beyond_the_row_keeps_all_of_it():
     assert tokens_kept(HeadPatterns.of([Pattern((Band(10**6),), True)], 1), 50) == 50
+
+
+def test_products_of_unequal_lengths_leave_the_backends_as_they_were(monkeypatch):
+    """On a device, cuDNN is not asked: it plans each number of keys anew."""
+    seen = []
+
+    class OnDevice:
+        is_cuda = True
+
+        def __init__(self, tokens):
+            self.shape = (1, 2, tokens, 4)
+
+    def attention(query, key, *_, **__):
+        seen.append((query.shape[2], key.shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
+        if key.shape[2] == 7:
+            raise RuntimeError("no room")
+
+    monkeypatch.setattr(dense_attention.functional, "scaled_dot_product_attention", attention)
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        for query, key in ((1, 5), (5, 5)):
+            kept.dense_product(OnDevice(query), OnDevice(key), OnDevice(key))
+        with pytest.raises(RuntimeError, match="no room"):
+            kept.dense_product(OnDevice(1), OnDevice(7), OnDevice(7))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        kept.dense_product(OnDevice(5), OnDevice(5), OnDevice(5))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+    assert seen == [(1, 5, False), (5, 5, True), (1, 7, False), (5, 5, False)]

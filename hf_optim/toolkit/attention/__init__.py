@@ -6,6 +6,7 @@ from . import (
     attend,
     blocked,
     caches,
+    dense_attention,
     distance_bias,
     flash_cpu,
     flash_plan,
@@ -48,6 +49,7 @@ from .attend import HeadPatterns, masked_attention, seen_mask
 from .blocked import DistanceBias
 from .cached_tokens import patterns_of, tokens_kept
 from .caches import PatternLayer, slots_for
+from .dense_attention import dense_product
 from .distance_bias import attend_biased, nearest_keys
 from .global_models import (
     GlobalAttachment,
@@ -99,8 +101,8 @@ from .terms import Band, Chunks, Columns, GlobalTokens, Segments, ShiftedChunks,
 
 # Modules whose source is stored with a checkpoint, each before those that import from it.
 STORED = (
-    remote_code_guard, terms, pattern, layout, blocked, flash_plan, flash_cpu, rows, attend, kept, caches, model_caches,
-    settings, mixed_classes, attachment,
+    remote_code_guard, terms, pattern, layout, blocked, dense_attention, flash_plan, flash_cpu, rows, attend, kept,
+    caches, model_caches, settings, mixed_classes, attachment,
 )  # fmt: skip
 GLOBAL_TOKENS = (global_tokens, global_models)  # in addition, of techniques with global tokens
 LEARNED = (row_state, state_cache, learned)  # in addition, of attention with learned parts and a state
@@ -181,6 +183,7 @@ __all__ = [
     "call_uncompiled",
     "chosen",
     "context_length",
+    "dense_product",
     "differ_by_row",
     "draw_rotations",
     "drop_key_projections",

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .blocked import DistanceBias, blocked_attention, merge
+from .dense_attention import dense_product
 from .flash_cpu import Source, flash_attention, flash_on_cpu
 from .layout import BLOCK, Layout, layouts
 from .pattern import Pattern
@@ -249,13 +250,10 @@ def _dense(
     rows: Rows | None, mask: Tensor | None, dropout: float,
 ) -> Tensor:  # fmt: skip
     count, length = query.shape[2], key.shape[2]
-    shared = key.shape[1] != query.shape[1]
     plain = rows is None and mask is None and count == length and heads.is_full(length)
     if plain:
         causal = heads.causal and count > 1
-        return functional.scaled_dot_product_attention(
-            query, key, value, None, dropout, is_causal=causal, scale=scale, enable_gqa=shared
-        )
+        return dense_product(query, key, value, None, dropout, causal, scale)
     seen = seen_mask(heads, count, length, rows, query.device)
     weights = weight_bias(heads, count, length, rows, query)
     if weights is not None:
@@ -279,10 +277,7 @@ def masked_attention(
     seen = seen | empty  # no row without keys: its softmax would be undefined
     if bias is not None:
         bias = bias.masked_fill(~seen, -torch.inf).masked_fill(empty, 0).to(query.dtype)
-    shared = key.shape[1] != query.shape[1]
-    out = functional.scaled_dot_product_attention(
-        query, key, value, seen if bias is None else bias, dropout, scale=scale, enable_gqa=shared
-    )
+    out = dense_product(query, key, value, seen if bias is None else bias, dropout, scale=scale)
     return out.masked_fill(empty, 0)
 
 

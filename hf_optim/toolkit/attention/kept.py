@@ -14,10 +14,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .attend import HeadPatterns, as_bias, masked_attention, seen_by_head
 from .blocked import DistanceBias
+from .dense_attention import dense_product
 from .rows import Rows
 
 NO_LIMIT = 2**31 - 1  # tokens of a row
@@ -266,7 +266,7 @@ def _grouped(
         query = query.reshape(batch, key.shape[1], shared * count, -1)
         seen, mask = (_by_group(part, shared, count) for part in (seen, mask))
     if seen is None and mask is None:
-        out = functional.scaled_dot_product_attention(query, key, value, None, dropout, scale=scale)
+        out = dense_product(query, key, value, None, dropout, scale=scale)
     else:
         seen = query.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool) if seen is None else seen
         out = masked_attention(query, key, value, seen, mask, scale, dropout)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from hf_optim.toolkit.attention import dense_product
 
 from ._key_compression import Held
 
@@ -126,12 +127,9 @@ def _product(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, causal: bool, scale: float, dropout: float
 ) -> Tensor:
     """Return attention under ``seen``, bool ``[1 or B, N, M]``, zero for queries that see nothing."""
-    shared = key.shape[1] != query.shape[1]
     if seen is None:
-        return functional.scaled_dot_product_attention(
-            query, key, value, None, dropout, is_causal=causal and query.shape[2] > 1, scale=scale, enable_gqa=shared
-        )
+        return dense_product(query, key, value, None, dropout, causal and query.shape[2] > 1, scale)
     empty = ~seen.any(-1, keepdim=True)
     mask = (seen | empty)[:, None]  # no row without keys: its softmax would be undefined
-    out = functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=shared)
+    out = dense_product(query, key, value, mask, dropout, scale=scale)
     return out.masked_fill(empty[:, None], 0)

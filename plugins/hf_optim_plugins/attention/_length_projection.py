@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from hf_optim.toolkit.attention import dense_product
 
 SHARING = ("none", "headwise", "key_value", "layerwise")
 STARTS = ("pooling", "interleaved", "random")
@@ -131,9 +132,7 @@ def projected_attention(
         )
         bias = logarithm(shares[1])[:, :, None].to(query.dtype)
         bias = bias.repeat_interleave(groups, 1) if bias.shape[1] > 1 else bias
-    return functional.scaled_dot_product_attention(
-        query, k, v, bias, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
-    )
+    return dense_product(query, k, v, bias, dropout, scale=scale)
 
 
 def reached(weight: Tensor, tokens: int, valid: Tensor | None) -> Tensor:

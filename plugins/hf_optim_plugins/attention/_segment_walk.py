@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from hf_optim.toolkit.attention import dense_product
 
 Bias = Callable[[int, int, int], Tensor]
 
@@ -103,7 +104,4 @@ def attend_segments(
 def _segment_product(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
-    return functional.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=mask is None and query.shape[2] > 1, scale=scale,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )  # fmt: skip
+    return dense_product(query, key, value, mask, dropout, mask is None and query.shape[2] > 1, scale)
