@@ -231,10 +231,10 @@ def tile_call(direction, shape, block, inputs):
     layout, (q, k, v, slope), scale = layout_of(shape, block), inputs, shape.size**-0.5
     plan = op.prepare(layout, q, k)
     if direction == FORWARD:
-        return lambda t: launch.forward(q, k, v, None, None, layout, plan, scale, t)
+        return lambda t: launch.forward(q, k, v, None, None, layout, plan, scale, None, t)
     out, lse = launch.forward(q, k, v, None, None, layout, plan, scale)
     delta = launch._delta(out, slope, lse, None)
-    given = (slope, q, k, v, lse, delta, None, None, layout, plan, scale)
+    given = (slope, q, k, v, lse, delta, None, None, layout, plan, scale, None)
     grads = [torch.empty_like(each) for each in (q, k, v)]
     if direction == QUERIES:
         return lambda t: launch._query_gradient(grads[0], *given, t)

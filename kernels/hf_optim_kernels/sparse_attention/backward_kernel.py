@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..common.compute_type import FP32
 from .kernel import ITEM, LOG2E
-from .parts import bits_of, load_rows, numbers_at, rows_at, segments_at, tokens_at
+from .parts import bits_of, load_rows, numbers_at, ramp_of, rows_at, segments_at, tokens_at, weights_of
 
 
 @triton.jit
@@ -44,11 +44,11 @@ def _logs_at(lse, token, real, CHECKED: tl.constexpr):
 
 @triton.jit
 def _add_query_gradient(
-    acc, q, g, logs, delta, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k, scale,
-    first, end, M, D, DV, k_n, v_n,
+    acc, ramped, q, g, logs, delta, token_q, segment, keys, values, segments_k, columns, masks, bits, order_k, kind,
+    places_k, reach, slope, limit, scale, first, end, M, D, DV, k_n, v_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
-    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr,
-    CHECKED: tl.constexpr,
+    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_RAMP: tl.constexpr,
+    WIDE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the entries [first, end) of a list give to the gradient of a block of queries."""
     PARTS: tl.constexpr = BLOCK // STEP
@@ -79,23 +79,29 @@ def _add_query_gradient(
         elif HAS_SEGMENTS:
             own = segments_at(segments_k, token, real, -2, False)
             p = tl.where(segment[:, None] == own[None, :], p, 0.0)
-        slope = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
-        acc += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
-    return acc
+        inner = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
+        if HAS_RAMP:
+            weight = weights_of(token_q, token, reach, slope, limit)
+            inner = tl.where(weight > 0.0, inner, 0.0)  # what is not seen may be infinite
+            ramped += tl.sum(tl.where(weight <= 1.0, inner, 0.0), axis=1)
+            inner *= tl.minimum(weight, 1.0)
+        acc += tl.dot(inner.to(k.dtype), k, input_precision="ieee")
+    return acc, ramped
 
 
 @triton.jit
 def _query_kernel(
-    query, key, value, segments_q, segments_k, heads, items, columns, masks, bits, order_q, order_k, grad_out, lse,
-    delta, grad_query, part, scale, pairs, H, G, N, M, D, DV, ITEMS, SLOTS, places_q, places_k,
+    query, key, value, segments_q, segments_k, heads, items, columns, masks, bits, order_q, order_k, ramp, grad_out,
+    lse, delta, grad_query, grad_ramp, part, scale, pairs, H, G, N, M, D, DV, ITEMS, SLOTS, places_q, places_k,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, o_b, o_h, o_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
     FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER_Q: tl.constexpr, HAS_ORDER_K: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, MATH: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_RAMP: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries, over a list of key blocks or a piece of one: as ``_forward_kernel``.
 
-    ``part`` [pairs, SLOTS, BLOCK, BLOCK_D] float32. ``scale`` is that of the scores, without log2(e).
+    ``part`` [pairs, SLOTS, BLOCK, BLOCK_D] float32. ``scale`` is that of the scores, without log2(e). ``grad_ramp``
+    [pairs, ITEMS] float32: what each item gives to the gradient of ``reach``, without the factor ``slope``.
     """
     WIDE: tl.constexpr = MATH == FP32
     pair = tl.program_id(0) % pairs
@@ -119,18 +125,21 @@ def _query_kernel(
     kv = h // (H // G)
     keys = key + b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
     values = value + b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
-    acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    acc = _add_query_gradient(
-        acc, q, g, logs, own_delta, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k,
-        scale * LOG2E, first, middle, M, D, DV, k_n, v_n,
-        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, False,
+    reach, slope, limit = ramp_of(ramp, h, HAS_RAMP)
+    acc, ramped = tl.zeros((BLOCK, BLOCK_D), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    acc, ramped = _add_query_gradient(
+        acc, ramped, q, g, logs, own_delta, token, segment, keys, values, segments_k, columns, masks, bits, order_k,
+        kind, places_k, reach, slope, limit, scale * LOG2E, first, middle, M, D, DV, k_n, v_n,
+        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, HAS_RAMP, WIDE, False,
     )  # fmt: skip
-    acc = _add_query_gradient(
-        acc, q, g, logs, own_delta, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k,
-        scale * LOG2E, middle, end, M, D, DV, k_n, v_n,
-        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, True,
+    acc, ramped = _add_query_gradient(
+        acc, ramped, q, g, logs, own_delta, token, segment, keys, values, segments_k, columns, masks, bits, order_k,
+        kind, places_k, reach, slope, limit, scale * LOG2E, middle, end, M, D, DV, k_n, v_n,
+        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, HAS_RAMP, WIDE, True,
     )  # fmt: skip
     acc *= scale
+    if HAS_RAMP:
+        tl.store(grad_ramp + pair * ITEMS + tl.program_id(0) // pairs, tl.sum(ramped, axis=0))
     slot = tl.load(item + 4)
     if HAS_SLOTS:
         own = (pair * SLOTS + tl.maximum(slot, 0)).to(tl.int64) * BLOCK + row
@@ -144,11 +153,11 @@ def _query_kernel(
 
 @triton.jit
 def _add_key_gradients(
-    grad_k, grad_v, k, v, segment, queries, grads, lse, delta, segments_q, rows, masks, bits, order_q, kind, places_q,
-    scale, first, end, N, D, DV, q_n, g_n,
+    grad_k, grad_v, k, v, token_k, segment, queries, grads, lse, delta, segments_q, rows, masks, bits, order_q, kind,
+    places_q, reach, slope, limit, scale, first, end, N, D, DV, q_n, g_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
-    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr,
-    CHECKED: tl.constexpr,
+    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_RAMP: tl.constexpr,
+    WIDE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the entries [first, end) of a list give to the gradients of a block of keys: [keys, queries] tiles."""
     PARTS: tl.constexpr = BLOCK // STEP
@@ -179,20 +188,23 @@ def _add_key_gradients(
         elif HAS_SEGMENTS:
             own = segments_at(segments_q, token, real, -3, False)
             p = tl.where(segment[:, None] == own[None, :], p, 0.0)
+        if HAS_RAMP:
+            weight = weights_of(token_k, token, reach, slope, limit)
+            p = tl.where(weight > 0.0, p, 0.0) * tl.minimum(weight, 1.0)
         grad_v += tl.dot(p.to(g.dtype), g, input_precision="ieee")
-        slope = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - own_delta[None, :])
-        grad_k += tl.dot(slope.to(q.dtype), q, input_precision="ieee")
+        inner = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - own_delta[None, :])
+        grad_k += tl.dot(inner.to(q.dtype), q, input_precision="ieee")
     return grad_k, grad_v
 
 
 @triton.jit
 def _key_kernel(
-    query, key, value, segments_q, segments_k, heads, tables, items, rows, masks, bits, order_q, order_k, grad_out, lse,
-    delta, grad_key, grad_value, part_k, part_v, scale, pairs, H, P, SHARE, N, M, D, DV, ITEMS, SLOTS, places_q,
-    places_k, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, gk_b, gk_h, gk_n, gv_b, gv_h, gv_n,
+    query, key, value, segments_q, segments_k, heads, tables, items, rows, masks, bits, order_q, order_k, ramp,
+    grad_out, lse, delta, grad_key, grad_value, part_k, part_v, scale, pairs, H, P, SHARE, N, M, D, DV, ITEMS, SLOTS,
+    places_q, places_k, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, gk_b, gk_h, gk_n, gv_b, gv_h, gv_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
     FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER_Q: tl.constexpr, HAS_ORDER_K: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, MATH: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_RAMP: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values, over a list of query blocks, for some of the heads that read it.
 
@@ -225,15 +237,16 @@ def _key_kernel(
         queries = query + b.to(tl.int64) * q_b + tl.cast(h, tl.int64) * q_h
         grads = grad_out + b.to(tl.int64) * g_b + tl.cast(h, tl.int64) * g_h
         of_head = (b.to(tl.int64) * H + h) * N
+        reach, slope, limit = ramp_of(ramp, h, HAS_RAMP)
         grad_k, grad_v = _add_key_gradients(
-            grad_k, grad_v, k, v, segment, queries, grads, lse + of_head, delta + of_head, segments_q, rows, masks,
-            bits, order_q, kind, places_q, scale * LOG2E, first, middle, N, D, DV, q_n, g_n,
-            BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_Q, WIDE, False,
+            grad_k, grad_v, k, v, token, segment, queries, grads, lse + of_head, delta + of_head, segments_q, rows,
+            masks, bits, order_q, kind, places_q, reach, slope, limit, scale * LOG2E, first, middle, N, D, DV, q_n, g_n,
+            BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_Q, HAS_RAMP, WIDE, False,
         )  # fmt: skip
         grad_k, grad_v = _add_key_gradients(
-            grad_k, grad_v, k, v, segment, queries, grads, lse + of_head, delta + of_head, segments_q, rows, masks,
-            bits, order_q, kind, places_q, scale * LOG2E, middle, end, N, D, DV, q_n, g_n,
-            BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_Q, WIDE, True,
+            grad_k, grad_v, k, v, token, segment, queries, grads, lse + of_head, delta + of_head, segments_q, rows,
+            masks, bits, order_q, kind, places_q, reach, slope, limit, scale * LOG2E, middle, end, N, D, DV, q_n, g_n,
+            BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_Q, HAS_RAMP, WIDE, True,
         )  # fmt: skip
     grad_k *= scale
     slot = tl.load(item + 4)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.compute_type import FP32
-from .parts import bits_of, load_rows, rows_at, segments_at, tokens_at
+from .parts import bits_of, load_rows, ramp_of, rows_at, segments_at, tokens_at, weights_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -20,11 +20,11 @@ ITEM = tl.constexpr(8)
 
 @triton.jit
 def _attend(
-    top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k, scale, first,
-    end, M, D, DV, k_n, v_n,
+    top, total, acc, q, token_q, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k,
+    reach, slope, limit, scale, first, end, M, D, DV, k_n, v_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
-    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr,
-    CHECKED: tl.constexpr,
+    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_RAMP: tl.constexpr,
+    WIDE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Add the entries [first, end) of a list to a running softmax; without CHECKED they are visible in whole."""
     PARTS: tl.constexpr = BLOCK // STEP
@@ -54,12 +54,17 @@ def _attend(
         elif HAS_SEGMENTS:
             own = segments_at(segments_k, token, real, -2, False)
             s = tl.where(segment[:, None] == own[None, :], s, float("-inf"))
+        if HAS_RAMP:
+            weight = weights_of(token_q, token, reach, slope, limit)
+            s = tl.where(weight > 0.0, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * scale)
         base = new_top
-        if CHECKED or HAS_SEGMENTS:
+        if CHECKED or HAS_SEGMENTS or HAS_RAMP:
             # Rows that have seen nothing yet have -inf, of which a difference is NaN.
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s * scale - base[:, None])
+        if HAS_RAMP:
+            p *= tl.minimum(weight, 1.0)
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
         v_at = rows_at(values, start, token, inside, v_n, dv, HAS_ORDER)
@@ -71,12 +76,12 @@ def _attend(
 
 @triton.jit
 def _forward_kernel(
-    query, key, value, segments_q, segments_k, heads, items, columns, masks, bits, order_q, order_k, out, lse, part,
-    part_lse, scale, pairs, H, G, N, M, D, DV, ITEMS, SLOTS, places_q, places_k,
+    query, key, value, segments_q, segments_k, heads, items, columns, masks, bits, order_q, order_k, ramp, out, lse,
+    part, part_lse, scale, pairs, H, G, N, M, D, DV, ITEMS, SLOTS, places_q, places_k,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
     FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER_Q: tl.constexpr, HAS_ORDER_K: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, MATH: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_RAMP: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """Attention of one block of queries to a list of key blocks; a piece of a list goes to its slot in ``part``.
 
@@ -101,18 +106,19 @@ def _forward_kernel(
     g = h // (H // G)
     keys = key + b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
     values = value + b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
+    reach, slope, limit = ramp_of(ramp, h, HAS_RAMP)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, BLOCK_DV), tl.float32)
     top, total, acc = _attend(
-        top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k, scale,
-        first, middle, M, D, DV, k_n, v_n,
-        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, False,
+        top, total, acc, q, token, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k,
+        reach, slope, limit, scale, first, middle, M, D, DV, k_n, v_n,
+        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, HAS_RAMP, WIDE, False,
     )  # fmt: skip
     top, total, acc = _attend(
-        top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k, scale,
-        middle, end, M, D, DV, k_n, v_n,
-        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, True,
+        top, total, acc, q, token, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k,
+        reach, slope, limit, scale, middle, end, M, D, DV, k_n, v_n,
+        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, HAS_RAMP, WIDE, True,
     )  # fmt: skip
     some = total > 0.0
     result = acc / tl.where(some, total, 1.0)[:, None]

@@ -31,6 +31,7 @@ def forward(
     layout: Any,
     plan: Plan,
     scale: float,
+    ramp: Tensor | None = None,
     given: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``naive.sparse_attention``: out with the strides of ``[B, N, H, Dv]``, lse float32.
@@ -48,16 +49,19 @@ def forward(
     if out.numel() == 0:
         return out, lse
     block, chosen = layout.block, given or tiles(FORWARD, layout.block, D, DV, query.dtype, query.device)
+    if ramp is not None:  # which needs registers, too
+        chosen = chosen._replace(registers=0)
     part, part_lse = _parts(query, B * H * plan.q_slots, block, padded(DV), True)
     tensors = (
         query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.q_items, plan.columns,
-        plan.masks, layout.bits, _or(layout.order_q, query), _or(layout.order_k, query), out, lse, part, part_lse,
+        plan.masks, layout.bits, _or(layout.order_q, query), _or(layout.order_k, query), _or(ramp, query), out, lse,
+        part, part_lse,
     )  # fmt: skip
     numbers = (
         B * H, H, G, N, M, D, DV, plan.q_items.shape[1], plan.q_slots, *_places(layout),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
     )  # fmt: skip
-    settings = _settings(query, layout, D, DV, segments_q, plan.q_slots, query.dtype)
+    settings = _settings(query, layout, D, DV, segments_q, plan.q_slots, query.dtype, ramp)
     _run(_forward_kernel, B * H * plan.q_items.shape[1], tensors, scale * math.log2(math.e), numbers, settings, chosen)
     if plan.q_slots:
         _merge(part, part_lse, layout.heads, plan.q_merges, layout, layout.order_q, out, lse, plan.q_slots)
@@ -77,8 +81,9 @@ def backward(
     layout: Any,
     plan: Plan,
     scale: float,
+    ramp: Tensor | None = None,
     given: tuple[Tiles, Tiles] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return ``naive.gradients``; arguments as of ``forward``.
 
     Args:
@@ -96,17 +101,18 @@ def backward(
     if not plan.covers_k or out.numel() == 0:
         of_key.zero_(), of_value.zero_()
     if out.numel() == 0:
-        return grad_query, grad_key.zero_(), grad_value.zero_()
+        return grad_query, grad_key.zero_(), grad_value.zero_(), None if ramp is None else torch.zeros_like(ramp)
     delta = _delta(out, grad_out, lse, grad_lse)
-    _query_gradient(
-        grad_query, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, of_q
+    grad_ramp = _query_gradient(
+        grad_query, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, ramp, of_q
     )  # fmt: skip
     _key_gradients(
-        of_key, of_value, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, of_k
+        of_key, of_value, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, ramp,
+        of_k,
     )  # fmt: skip
     if P != G:
         grad_key, grad_value = (each.unflatten(1, (G, P // G)).sum(2).to(key.dtype) for each in (of_key, of_value))
-    return grad_query, grad_key, grad_value
+    return grad_query, grad_key, grad_value, grad_ramp
 
 
 def empty_results(query: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -118,43 +124,51 @@ def empty_results(query: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 def _query_gradient(
     grad_query: Tensor, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
-    segments_q: Tensor | None, segments_k: Tensor | None, layout: Any, plan: Plan, scale: float, chosen: Tiles,
-) -> None:  # fmt: skip
+    segments_q: Tensor | None, segments_k: Tensor | None, layout: Any, plan: Plan, scale: float,
+    ramp: Tensor | None, chosen: Tiles,
+) -> Tensor | None:  # fmt: skip
+    """Fill the gradient of queries, and return that of ``ramp``."""
     (B, H, N, D), (G, M), DV = query.shape, key.shape[1:3], value.shape[3]
+    of_reach = None if ramp is None else ramp.new_empty(B, H, plan.q_items.shape[1])
     (part,) = _parts(query, B * H * plan.q_slots, layout.block, padded(D))
     tensors = (
         query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.q_items, plan.columns,
-        plan.masks, layout.bits, _or(layout.order_q, query), _or(layout.order_k, query), grad_out, lse, delta,
-        grad_query, part,
+        plan.masks, layout.bits, _or(layout.order_q, query), _or(layout.order_k, query), _or(ramp, query), grad_out,
+        lse, delta, grad_query, _or(of_reach, query), part,
     )  # fmt: skip
     numbers = (
         B * H, H, G, N, M, D, DV, plan.q_items.shape[1], plan.q_slots, *_places(layout), *query.stride()[:3],
         *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *grad_query.stride()[:3],
     )  # fmt: skip
-    settings = _settings(query, layout, D, DV, segments_q, plan.q_slots, grad_query.dtype)
+    settings = _settings(query, layout, D, DV, segments_q, plan.q_slots, grad_query.dtype, ramp)
     _run(_query_kernel, B * H * plan.q_items.shape[1], tensors, scale, numbers, settings, chosen)
     if plan.q_slots:
         _merge(part, None, layout.heads, plan.q_merges, layout, layout.order_q, grad_query, None, plan.q_slots)
+    if ramp is None or of_reach is None:
+        return None
+    grad_ramp = torch.zeros_like(ramp)
+    grad_ramp[:, 0] = of_reach.sum((0, 2)) * ramp[:, 1]
+    return grad_ramp
 
 
 def _key_gradients(
     grad_key: Tensor, grad_value: Tensor, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor,
     delta: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, layout: Any, plan: Plan, scale: float,
-    chosen: Tiles,
+    ramp: Tensor | None, chosen: Tiles,
 ) -> None:  # fmt: skip
     (B, H, N, D), (G, M), DV, P = query.shape, key.shape[1:3], value.shape[3], plan.key_heads
     part_k, part_v = _parts(query, B * P * plan.k_slots, layout.block, padded(D), sizes=(padded(DV),))
     tensors = (
         query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.k_tables, plan.k_items,
-        plan.rows, plan.key_masks, plan.key_bits, _or(layout.order_q, query), _or(layout.order_k, query), grad_out, lse,
-        delta, grad_key, grad_value, part_k, part_v,
+        plan.rows, plan.key_masks, plan.key_bits, _or(layout.order_q, query), _or(layout.order_k, query),
+        _or(ramp, query), grad_out, lse, delta, grad_key, grad_value, part_k, part_v,
     )  # fmt: skip
     numbers = (
         B * P, H, P, P // G, N, M, D, DV, plan.k_items.shape[1], plan.k_slots, *_places(layout), *query.stride()[:3],
         *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *grad_key.stride()[:3],
         *grad_value.stride()[:3],
     )  # fmt: skip
-    settings = _settings(query, layout, D, DV, segments_q, plan.k_slots, grad_key.dtype)
+    settings = _settings(query, layout, D, DV, segments_q, plan.k_slots, grad_key.dtype, ramp)
     _run(_key_kernel, B * P * plan.k_items.shape[1], tensors, scale, numbers, settings, chosen)
     if plan.k_slots:
         for part, target in ((part_k, grad_key), (part_v, grad_value)):
@@ -201,11 +215,12 @@ def _parts(
 
 
 def _settings(
-    query: Tensor, layout: Any, D: int, DV: int, segments: Tensor | None, slots: int, result: torch.dtype
+    query: Tensor, layout: Any, D: int, DV: int, segments: Tensor | None, slots: int, result: torch.dtype,
+    ramp: Tensor | None,
 ) -> tuple:  # fmt: skip
     """Return what the constants of a launch follow from, besides its tiles: see ``_compiled``."""
     orders = layout.order_q is not None, layout.order_k is not None
-    return query.dtype, result, layout.block, D, DV, segments is not None, *orders, slots > 0
+    return query.dtype, result, layout.block, D, DV, segments is not None, *orders, slots > 0, ramp is not None
 
 
 def _places(layout: Any) -> tuple[int, int]:
@@ -229,7 +244,7 @@ def _compiled(kernel: Any, numbers: tuple, settings: tuple, chosen: Tiles) -> tu
     A layer is called with the same shapes each time: with this the host's work is a look-up.
     """
     dtype, _, block, D, DV, *flags = settings
-    names = ("HAS_SEGMENTS", "HAS_ORDER_Q", "HAS_ORDER_K", "HAS_SLOTS")
+    names = ("HAS_SEGMENTS", "HAS_ORDER_Q", "HAS_ORDER_K", "HAS_SLOTS", "HAS_RAMP")
     constants = {
         "BLOCK": block, "STEP": chosen.step, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV), "FULL_D": padded(D) == D,
         "FULL_DV": padded(DV) == DV, **dict(zip(names, flags, strict=True)),

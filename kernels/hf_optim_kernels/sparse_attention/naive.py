@@ -58,6 +58,7 @@ def sparse_attention(
     scale: float,
     segments_q: Tensor | None = None,
     segments_k: Tensor | None = None,
+    ramp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention of ``query`` to the keys that it sees, and the logarithm of the sum of its exponentials.
 
@@ -70,6 +71,9 @@ def sparse_attention(
         scale: of the scores, above 0.
         segments_q, segments_k: int32 ``[B, N]`` and ``[B, M]``, both or none: a query sees a key only if their segments
             are equal and not negative (the documents of a packed row; -1 for padding).
+        ramp: ``[H, 3]`` in the dtype of the scores: reach, slope and limit of each head. The exponential of a score
+            counts ``min((reach - x) slope, 1)`` times, for a key that is x tokens from the query; not at all where that
+            is not above 0, and from the limit on. None: once.
 
     Returns:
         out ``[B, H, N, Dv]`` in the dtype of the query, and lse ``[B, H, N]`` (natural logarithm), float32 or float64.
@@ -77,6 +81,8 @@ def sparse_attention(
     """
     seen = visible(layout, query.shape[2], key.shape[2], segments_q, segments_k)
     scores, _, values = _scores(query, key, value, seen, scale)
+    if ramp is not None:
+        scores = scores + _counts(ramp, query.shape[2], key.shape[2]).clamp(0, 1).log()
     lse = scores.logsumexp(-1)
     return (_weights(scores, lse) @ values).to(query.dtype), lse
 
@@ -93,14 +99,19 @@ def gradients(
     scale: float,
     segments_q: Tensor | None = None,
     segments_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    ramp: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of ``query``, ``key`` and ``value``, in their dtypes, for the gradients of out and lse.
 
-    With ``P = exp(S - lse)``: ``dV = P^T dO`` and ``dS = P (dO V^T - rowsum(dO O) + dlse)``.
+    With ``P = exp(S - lse)``: ``dV = P^T dO`` and ``dS = P (dO V^T - rowsum(dO O) + dlse)``. The fourth is that of
+    ``ramp``: of the reach, ``sum(dS / (reach - x))`` over keys that count once or less; 0 of slope and limit.
     """
     seen = visible(layout, query.shape[2], key.shape[2], segments_q, segments_k)
     scores, keys, values = _scores(query, key, value, seen, scale)
     wide = scores.dtype
+    counts = None if ramp is None else _counts(ramp, query.shape[2], key.shape[2])
+    if counts is not None:
+        scores = scores + counts.clamp(0, 1).log()
     weights, slope = _weights(scores, lse.to(wide)), grad_out.to(wide)
     delta = (slope * out.to(wide)).sum(-1)
     if grad_lse is not None:
@@ -110,7 +121,13 @@ def gradients(
     grad_key, grad_value = inner.mT @ query.to(wide), weights.mT @ slope
     shares = (key.shape[1], query.shape[1] // key.shape[1])
     grad_key, grad_value = (each.unflatten(1, shares).sum(2) for each in (grad_key, grad_value))
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    grad_ramp = None
+    if ramp is not None and counts is not None:
+        within = (counts > 0) & (counts <= 1)
+        of_count = (inner / scale).masked_fill(~within, 0) / counts.masked_fill(~within, 1)
+        grad_ramp = torch.zeros_like(ramp)
+        grad_ramp[:, 0] = of_count.sum((0, 2, 3)) * ramp[:, 1]
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_ramp
 
 
 def visible(
@@ -170,6 +187,13 @@ def _scores(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: floa
     keys, values = (each.to(wide).repeat_interleave(group, 1) for each in (key, value))
     scores = (query.to(wide) @ keys.mT) * scale
     return scores.masked_fill(~seen, float("-inf")), keys, values
+
+
+def _counts(ramp: Tensor, N: int, M: int) -> Tensor:
+    """Return how many times pairs count, before that is cut to 0 and 1: ``[H, N, M]``."""
+    away = (torch.arange(N, device=ramp.device)[:, None] - torch.arange(M, device=ramp.device)).abs().to(ramp.dtype)
+    reach, slope, limit = (each[:, None, None] for each in ramp.unbind(1))
+    return torch.where(away < limit, (reach - away) * slope, 0)
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:

@@ -44,8 +44,9 @@ def sparse_attention(
     scale: float,
     segments_q: Tensor | None = None,
     segments_k: Tensor | None = None,
+    ramp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``naive.sparse_attention``: out and lse, with gradients of both.
+    """Return ``naive.sparse_attention``: out and lse, with gradients of both, also for the reach of ``ramp``.
 
     out has the strides of ``[B, N, H, Dv]``. Keys and values that no query sees must be finite: they are multiplied by
     zero.
@@ -56,7 +57,7 @@ def sparse_attention(
     if not scale > 0:
         raise ValueError(f"the scale of scores must be above 0, not {scale}")
     triton = can_run_triton(query)
-    problem = _mismatch(query, key, value, segments_q, segments_k)
+    problem = _mismatch(query, key, value, segments_q, segments_k, ramp)
     if problem is None and triton:
         problem = unsupported(query, key, value)
         if layout.starts.device != query.device:
@@ -66,20 +67,25 @@ def sparse_attention(
     made = prepare(layout, query, key) if triton else None
     plan, numbers = ([], []) if made is None else (list(made[:TENSORS]), list(made[TENSORS:]))
     numbers = [layout.block, *numbers]
-    recorded = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    recorded = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (query, key, value, ramp)
+    )
     call = _operator if recorded or torch.compiler.is_compiling() else _forward
     return call(
         query, key, value, segments_q, segments_k, layout.heads, layout.starts, layout.columns, layout.masks,
         layout.bits, layout.key_starts, layout.rows, layout.key_masks, layout.order_q, layout.order_k, plan, numbers,
-        scale,
+        scale, ramp,
     )  # fmt: skip
 
 
 def _mismatch(
-    query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None,
+    ramp: Tensor | None,
 ) -> str | None:  # fmt: skip
     """Return how the shapes disagree; None if they do not."""
-    B, _, N, D = query.shape
+    B, H, N, D = query.shape
+    if ramp is not None and (ramp.shape != (H, 3) or ramp.device != query.device):
+        return f"a ramp of {list(ramp.shape)} on {ramp.device} for {H} heads on {query.device}"
     if key.shape[0] != B or key.shape[3] != D or value.shape[:3] != key.shape[:3]:
         shapes = ", ".join(str(list(each.shape)) for each in (query, key, value))
         return f"queries, keys and values of {shapes}"
@@ -107,18 +113,20 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor,
     starts: Tensor, columns: Tensor, masks: Tensor, bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor,
     order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], numbers: Sequence[int], scale: float,
+    ramp: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = Layout(numbers[0], heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
     if not can_run_triton(query):
-        out, lse = naive.sparse_attention(query, key, value, layout, scale, segments_q, segments_k)
+        out, lse = naive.sparse_attention(query, key, value, layout, scale, segments_q, segments_k, ramp)
         return _as_made(out), lse
     from . import launch
     from .items import assemble
 
     segments_q, segments_k = _numbers(segments_q), _numbers(segments_k)
     return launch.forward(
-        _flat(query), _flat(key), _flat(value), segments_q, segments_k, layout, assemble(plan, numbers[1:]), scale
-    )
+        _flat(query), _flat(key), _flat(value), segments_q, segments_k, layout, assemble(plan, numbers[1:]), scale,
+        _ramp(ramp),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("hf_optim::sparse_attention", mutates_args=())
@@ -126,11 +134,12 @@ def _operator(
     query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor,
     starts: Tensor, columns: Tensor, masks: Tensor, bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor,
     order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], numbers: Sequence[int], scale: float,
+    ramp: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``naive.sparse_attention``: ``numbers`` is the block and, with ``plan``, the fields of ``items.Plan``."""
     return _forward(
         query, key, value, segments_q, segments_k, heads, starts, columns, masks, bits, key_starts, rows, key_masks,
-        order_q, order_k, plan, numbers, scale,
+        order_q, order_k, plan, numbers, scale, ramp,
     )  # fmt: skip
 
 
@@ -146,31 +155,35 @@ def _gradients(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor, starts: Tensor, columns: Tensor, masks: Tensor,
     bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor, order_q: Tensor | None, order_k: Tensor | None,
-    plan: Sequence[Tensor], numbers: Sequence[int], scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return ``naive.gradients``; arguments as of ``hf_optim::sparse_attention``."""
+    plan: Sequence[Tensor], numbers: Sequence[int], scale: float, ramp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return ``naive.gradients``; for no ramp an empty tensor. Arguments as of ``hf_optim::sparse_attention``."""
     layout = Layout(numbers[0], heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
     if not can_run_triton(query):
-        return naive.gradients(
-            grad_out, grad_lse, query, key, value, out, lse, layout, scale, segments_q, segments_k
+        found = naive.gradients(
+            grad_out, grad_lse, query, key, value, out, lse, layout, scale, segments_q, segments_k, ramp
         )  # fmt: skip
+        return *found[:3], query.new_empty(0) if found[3] is None else found[3]
     from . import launch
     from .items import assemble
 
     segments_q, segments_k = _numbers(segments_q), _numbers(segments_k)
-    return launch.backward(
+    found = launch.backward(
         _flat(grad_out), grad_lse, _flat(query), _flat(key), _flat(value), out, lse, segments_q, segments_k, layout,
-        assemble(plan, numbers[1:]), scale,
+        assemble(plan, numbers[1:]), scale, _ramp(ramp),
     )  # fmt: skip
+    return *found[:3], query.new_empty(0) if found[3] is None else found[3]
 
 
 @_gradients.register_fake
-def _(grad_out, grad_lse, out, lse, query, key, value, *_) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(each.new_empty(each.shape) for each in (query, key, value))
+def _(grad_out, grad_lse, out, lse, query, key, value, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ramp = query.new_empty(0) if rest[-1] is None else rest[-1].new_empty(rest[-1].shape)
+    return *(each.new_empty(each.shape) for each in (query, key, value)), ramp
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, *tensors, plan, ctx.numbers, ctx.scale = inputs
+    query, key, value, *tensors, plan, ctx.numbers, ctx.scale, ramp = inputs
+    tensors.append(ramp)
     ctx.given = [each is not None for each in tensors]
     ctx.save_for_backward(*output, query, key, value, *(each for each in tensors if each is not None), *plan)
     ctx.set_materialize_grads(False)
@@ -178,14 +191,18 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
     out, lse, query, key, value, *rest = ctx.saved_tensors
-    tensors = [rest.pop(0) if given else None for given in ctx.given]
+    *tensors, ramp = [rest.pop(0) if given else None for given in ctx.given]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    found = _gradients(grad_out, grad_lse, out, lse, query, key, value, *tensors, rest, ctx.numbers, ctx.scale)
-    return *found, *[None] * 12, [None] * len(rest), None, None
+    found = _gradients(grad_out, grad_lse, out, lse, query, key, value, *tensors, rest, ctx.numbers, ctx.scale, ramp)
+    return *found[:3], *[None] * 12, [None] * len(rest), None, None, None if ramp is None else found[3]
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _ramp(ramp: Tensor | None) -> Tensor | None:
+    return None if ramp is None else ramp.float().contiguous()
 
 
 def _numbers(segments: Tensor | None) -> Tensor | None:

@@ -89,3 +89,19 @@ def bits_of(bits, number, row, column, BLOCK: tl.constexpr):
         fourth = tl.load(own + 3, mask=partial, other=-1)[:, None]
         word = tl.where((column < 64)[None, :], word, tl.where((column < 96)[None, :], third, fourth))
     return ((word >> (column % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def ramp_of(ramp, head, HAS_RAMP: tl.constexpr):
+    """Return reach, slope and limit of a head in ``ramp`` [H, 3]; zeros if there is none."""
+    reach, slope, limit = 0.0, 0.0, 0.0
+    if HAS_RAMP:
+        reach, slope, limit = tl.load(ramp + head * 3), tl.load(ramp + head * 3 + 1), tl.load(ramp + head * 3 + 2)
+    return reach, slope, limit
+
+
+@triton.jit
+def weights_of(token_rows, token_columns, reach, slope, limit):
+    """Return ``(reach - x) slope`` of the distances x of a tile, 0 from ``limit`` on: above 1 it counts as 1."""
+    away = tl.abs(token_rows[:, None] - token_columns[None, :]).to(tl.float32)
+    return tl.where(away < limit, (reach - away) * slope, 0.0)
