@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_optim.toolkit.attention import HeadGroupsLayer, groups_of
-from hf_optim_plugins.adaptive._span_mask import LogMask, support, untouched
+from hf_optim_plugins.adaptive._span_mask import SpanBias, support, untouched
 from hf_optim_plugins.adaptive._span_model import SpanSet, _cached, attend_spans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,10 +33,7 @@ def spans_of(length: int, z: Tensor | None = None) -> SpanSet:
     """Return the spans of a model that reads ``length`` tokens; ``z`` ``[H]`` for gradients."""
     shares = [1.0 if span is None else span / length for span in SPANS]
     own = torch.tensor(shares, device=DEVICE) if z is None else z
-
-    def bias(distance: Tensor, heads: Tensor | None) -> Tensor:
-        return LogMask.apply(own if heads is None else own[heads], distance, length, RAMP)
-
+    bias = SpanBias(own, length, RAMP)
     counts = tuple(support(share, length, RAMP) for share in shares)
     return SpanSet(counts, tuple(untouched(share, length) for share in shares), True, bias)
 
@@ -73,13 +70,13 @@ def correct() -> dict[str, float]:
     length = 1000 if DEVICE == "cuda" else 300
     z = torch.tensor([1.0 if span is None else span / length for span in SPANS], device=DEVICE)
     results = {}
-    for way in ("dense", "blocks", "passes"):
+    for way in ("dense", "blocks", "auto"):
         q, k, v = (part.requires_grad_() for part in tensors(length))
         own = z.clone().requires_grad_()
         out = attend_spans(q, k, v, spans_of(length, own), WIDTH**-0.5, way=way)
         weights = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
         results[way] = [out, *torch.autograd.grad((out.float() * weights).sum(), [q, k, v, own])]
-    for way in ("blocks", "passes"):
+    for way in ("blocks", "auto"):
         for name, one, other in zip(("out", "q", "k", "v", "z"), results[way], results["dense"], strict=True):
             scale = 1.0 if name == "out" else float(other.float().abs().max())
             found[f"{way} {name}"] = float((one.detach().float() - other.detach().float()).abs().max()) / scale

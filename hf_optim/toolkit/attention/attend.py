@@ -147,7 +147,7 @@ def parts_of(
     Returns for each the output ``[B, H, N, D]`` and the log-sum-exp ``[B, H, N]``, for ``merge``; differentiable.
     """
     extra = {"dropout": dropout} if dropout else {}
-    kernel = None if dropout else _kernel(query, source.key, source.value, scale)
+    kernel = None if dropout else installed_kernel(query, source.key, source.value, scale)
     product: Callable[..., Any] = kernel or blocked_attention
     parts = []
     for part in source.lists:
@@ -235,7 +235,7 @@ def _installed() -> Any:
         return None
 
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Any:
+def installed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Any:
     """Return the installed kernel if it computes on the device of these tensors, in their dtype and sizes."""
     if query.device.type != "cuda":
         return None

@@ -1,8 +1,7 @@
 """Attention whose scores have a bias by the distance of query and key: densely, or over the blocks that the bias keeps.
 
-The patterns say which blocks are computed and may hold more keys than the bias keeps; a key at -inf is not seen. Where
-a kernel computes patterns without a bias, the nearest keys of a head, at which its bias is zero, are a pass of their
-own; both are merged by their log-sum-exp.
+The patterns say which blocks are computed and may hold more keys than the bias keeps; a key at -inf is not seen. A bias
+that is a ramp is computed by the kernel, where one is installed.
 
 This file is stored beside checkpoints, so it imports only torch.
 """
@@ -10,38 +9,30 @@ This file is stored beside checkpoints, so it imports only torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from .attend import HeadPatterns, alike, attend, lists_for, parts_of
-from .blocked import DistanceBias, blocked_attention, merge
-from .flash_cpu import Source
+from .attend import HeadPatterns, alike, attend, installed_kernel, lists_for
+from .blocked import DistanceBias, blocked_attention
 from .layout import BLOCK
 from .pattern import Pattern
 from .rows import Apart, Rows
-from .terms import Band, Spans, Term
+from .terms import Band
 
 
-@dataclass(frozen=True)
-class Ring(Term):
-    """Keys from ``nearest`` to ``farthest`` positions from the query, on both sides."""
+class RampBias(Protocol):
+    """A bias that is the logarithm of a ramp, which a kernel can compute from three numbers of a head."""
 
-    nearest: int
-    farthest: int
+    def __call__(self, distance: Tensor, heads: Tensor | None) -> Tensor:
+        """Return what is added to scores: see ``DistanceBias``."""
 
-    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
-        distance = (query - key).abs()
-        return (distance >= self.nearest) & (distance <= self.farthest)
+    def ramp(self) -> Tensor:
+        """Return reach, slope and limit of each head, float32 ``[H, 3]``, differentiable.
 
-    def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
-        before = (first - self.farthest).clamp_min(0), last - self.nearest + 1
-        behind = first + self.nearest, (last + self.farthest + 1).clamp_max(length)
-        return [before, behind]
-
-    @property
-    def moves_along(self) -> bool:
-        return True
+        A key x tokens away counts ``min((reach - x) slope, 1)`` times, and not at all where that is not above 0, or
+        from the limit on.
+        """
 
 
 def nearest_keys(counts: Sequence[int], causal: bool) -> HeadPatterns:
@@ -82,7 +73,7 @@ def attend_biased(
         rows: padding and documents; None if each row is one whole document.
         mask: bool (True: visible) or additive, broadcast to ``[B, H, N, M]``.
         dropout: share of the attention weights that is dropped.
-        way: ``auto``; ``blocks``: in one pass; ``passes``: in two, as where a kernel is; ``dense``.
+        way: ``auto``, ``blocks`` or ``dense``.
 
     Returns:
         ``[B, H, N, D]``; zero for a query that sees nothing (padding).
@@ -105,24 +96,8 @@ def attend_biased(
         lists = lists_for(query, heads, length, "auto" if way == "auto" else "blocks")
         if lists is not None:
             segments = None if rows is None else rows.segments
-            whole = [count // BLOCK * BLOCK for count in unbiased]
-            if any(whole) and (way == "passes" or (way == "auto" and query.is_cuda)):
-                return _in_two_passes(query, key, value, counts, whole, bias, causal, scale, segments, dropout)
+            kernel = None if dropout or not hasattr(bias, "ramp") else installed_kernel(query, key, value, scale)
+            if kernel is not None and "ramp" in kernel.__annotations__:
+                return kernel(query, key, value, lists[0], scale, segments, segments, bias.ramp())[0]  # type: ignore
             return blocked_attention(query, key, value, lists[0], scale, segments, segments, dropout, bias)[0]
     return attend(query, key, value, heads, scale, rows, mask, dropout, bias=bias)
-
-
-def _in_two_passes(
-    query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int], whole: Sequence[int], bias: DistanceBias,
-    causal: bool, scale: float, segments: Tensor | None, dropout: float,
-) -> Tensor:  # fmt: skip
-    length, heads = key.shape[2], len(counts)
-    far = [Pattern((Ring(count, most - 1),), causal) for count, most in zip(whole, _in_blocks(counts), strict=True)]
-    lists = [
-        lists_for(query, each, length, "blocks") for each in (nearest_keys(whole, causal), HeadPatterns.of(far, heads))
-    ]
-    assert lists[0] is not None, "no head sees all of the row without a bias"
-    assert lists[1] is not None, "no pattern of distances sees the query itself"
-    parts = parts_of(query, Source(key, value, lists[0], segments), scale, segments, dropout)
-    parts.append(blocked_attention(query, key, value, lists[1][0], scale, segments, segments, dropout, bias))
-    return merge(parts)[0]

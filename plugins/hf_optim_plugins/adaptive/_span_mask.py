@@ -63,6 +63,26 @@ def untouched(share: float, size: int) -> int:
     return min(size, math.floor(share * size) + 1)
 
 
+class SpanBias:
+    """What the masks of some heads add to scores. ``z``: ``[H]``, from 0 to 1; ``size`` and ``ramp`` in tokens."""
+
+    def __init__(self, z: Tensor, size: int, ramp: int) -> None:
+        self.z, self.size, self.over = z, size, ramp
+
+    def __call__(self, distance: Tensor, heads: Tensor | None) -> Tensor:
+        z = self.z if heads is None else self.z[heads]
+        return LogMask.apply(z, distance, self.size, self.over)  # type: ignore[no-any-return]
+
+    def of(self, heads: Tensor) -> SpanBias:
+        """Return that of chosen heads, int64 ``[H']``."""
+        return SpanBias(self.z[heads], self.size, self.over)
+
+    def ramp(self) -> Tensor:
+        """Return ``z S + R``, ``1 / R`` and S of each head, float32 ``[H, 3]``: m(x) is ``(z S + R - x) / R``."""
+        reach = self.z.float() * self.size + self.over
+        return torch.stack([reach, torch.full_like(reach, 1 / self.over), torch.full_like(reach, self.size)], 1)
+
+
 class HeadSpans(nn.Module):
     """The learned spans of the heads of one attention: ``z`` ``[H]``, in float32, each from 0 to 1."""
 

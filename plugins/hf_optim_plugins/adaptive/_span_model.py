@@ -16,7 +16,6 @@ from hf_optim.toolkit.attention import (
     FIELD,
     Attachment,
     Band,
-    DistanceBias,
     HeadGroupsLayer,
     HeadPatterns,
     Pattern,
@@ -32,7 +31,7 @@ from hf_optim.toolkit.attention import (
     with_bias,
 )
 
-from ._span_mask import HeadSpans, LogMask, support, untouched
+from ._span_mask import HeadSpans, SpanBias, support, untouched
 
 NAMES = ("max_span", "ramp", "windows")
 LONGEST = 2**30  # tokens
@@ -79,7 +78,7 @@ class SpanSet:
     counts: tuple[int, ...]
     unbiased: tuple[int, ...]
     causal: bool
-    bias: DistanceBias | None
+    bias: SpanBias | None
 
     @property
     def heads(self) -> HeadPatterns:
@@ -88,16 +87,9 @@ class SpanSet:
 
     def of(self, heads: Sequence[int]) -> SpanSet:
         """Return those of some heads."""
-        bias = self.bias
-        chosen: DistanceBias | None = None
-        if bias is not None:
-
-            def chosen(distance: Tensor, index: Tensor | None) -> Tensor:
-                own = torch.tensor(heads, device=distance.device)
-                return bias(distance, own if index is None else own[index])
-
+        bias = None if self.bias is None else self.bias.of(torch.tensor(heads, device=self.bias.z.device))
         counts, unbiased = (tuple(part[head] for head in heads) for part in (self.counts, self.unbiased))
-        return SpanSet(counts, unbiased, self.causal, chosen)
+        return SpanSet(counts, unbiased, self.causal, bias)
 
 
 class SpanAttachment(Attachment):
@@ -131,10 +123,7 @@ class SpanAttachment(Attachment):
             raise ValueError(f"this attention has {heads} heads, and spans of {len(learned.z)}")
         shares = learned.shares(again)
         z = learned.z.to(torch.promote_types(learned.z.dtype, query.dtype)).clamp(0, 1)
-
-        def bias(distance: Tensor, index: Tensor | None) -> Tensor:
-            return LogMask.apply(z if index is None else z[index], distance, size, ramp)  # type: ignore[no-any-return]
-
+        bias = SpanBias(z, size, ramp)
         counts = tuple(support(share, size, ramp) for share in shares)
         return SpanSet(counts, tuple(untouched(share, size) for share in shares), causal, bias)
 
