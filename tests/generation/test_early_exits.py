@@ -176,7 +176,13 @@ def test_criteria_streamers_and_custom_generate():
     hf_optim.generate(model, **given, early_exit=settings, streamer=words)
     assert torch.equal(torch.cat(words.seen), whole[0])
     assert words.ended
-    assert torch.equal(model.generate(**given, custom_generate=early_exit.custom(settings)), whole)
+    words = Words()
+    by_custom = model.generate(**given, custom_generate=early_exit.custom(settings), streamer=words)
+    assert torch.equal(by_custom, whole)
+    assert torch.equal(torch.cat(words.seen), whole[0])
+    assert words.ended
+    with pytest.raises(ModelError, match="an assistant drafts"):
+        model.generate(**given, custom_generate=early_exit.custom(settings), assistant_model=copy.deepcopy(model))
 
 
 def test_the_entry_of_a_configuration_is_read(tmp_path):
@@ -285,8 +291,11 @@ def test_a_certificate_is_for_its_weights_and_settings():
     for name, value in (("threshold", 0.4), ("layers", (0,)), ("confidence", "softmax_max"), ("length", 20)):
         with pytest.raises(ModelError, match=f"certificate of the early exits is for {name}"):
             hf_optim.generate(model, **given, early_exit=replace(settings, **{name: value}))
-    with pytest.warns(early_exit.GuaranteeWarning, match="20 new tokens, calibrated for 14"):
-        hf_optim.generate(model, **{**given, "max_new_tokens": 20}, early_exit=settings)
+    for limit in (20, 6):
+        with pytest.warns(early_exit.GuaranteeWarning, match=f"{limit} new tokens, calibrated for 14"):
+            hf_optim.generate(model, **{**given, "max_new_tokens": limit}, early_exit=settings)
+    with pytest.warns(early_exit.GuaranteeWarning, match=r"RepetitionPenalty.*\(penalty=1.5\).*calibrated with none"):
+        hf_optim.generate(model, **given, repetition_penalty=1.5, early_exit=settings)
     with pytest.warns(early_exit.GuaranteeWarning, match="sampling"):
         hf_optim.generate(model, **{**given, "do_sample": True}, early_exit=settings)
     trained = copy.deepcopy(model)
@@ -300,6 +309,29 @@ def test_a_certificate_is_for_its_weights_and_settings():
         blocks_of(model)[2].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(ModelError, match="other weights"):
         hf_optim.generate(model, **given, early_exit=settings)
+
+
+def test_a_write_that_leaves_no_trace_on_the_tensor_ends_the_guarantee():
+    model, given = decoder("llama"), prompts()
+    settings = certified(model)
+    hf_optim.generate(model, **given, early_exit=settings)
+    blocks_of(model)[2].mlp.up_proj.weight.data.mul_(1.01)  # as adapters are merged
+    with pytest.raises(ModelError, match="other weights"):
+        hf_optim.generate(model, **given, early_exit=settings)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(120, 64), (8192, 256), (4096, 64), (17, 1000)])
+def test_a_fingerprint_reads_all_parts_of_a_weight(rows, columns):
+    model = torch.nn.Linear(columns, rows, bias=False)
+    seen = {early_exit.fingerprint.fingerprint(model)}
+    with torch.no_grad():
+        for part in (slice(None, columns // 4), slice(columns // 2, None)):
+            model.weight[:, part] *= 2
+            seen.add(early_exit.fingerprint.fingerprint(model))
+        for part in (slice(None, rows // 4), slice(rows - rows // 4, None)):
+            model.weight[part] *= 2
+            seen.add(early_exit.fingerprint.fingerprint(model))
+    assert len(seen) == 5
 
 
 def test_exits_with_heads_of_their_own_are_read_by_them():

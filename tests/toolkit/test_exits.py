@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import threading
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5, tiny_vit
 from transformers import (
@@ -533,9 +536,24 @@ def test_rules_that_do_not_fit_are_refused():
 def test_a_forward_that_was_replaced_on_the_object_is_refused():
     model = MODELS["llama"]()
     attach_exits(model, ExitSettings((0,)))
-    model.model.forward = model.model.forward
+    model.model.forward = functools.partial(model.model.forward)  # as accelerate's hooks do
     with pytest.raises(ModelError, match="load the model on one device"):
         run_to_exit(model, 0, input_ids=IDS)
+
+
+@torch.no_grad()
+def test_a_model_prepared_for_mixed_precision_runs_its_blocks_in_parts():
+    model = MODELS["llama"]()
+    attach_exits(model, ExitSettings((0,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run_to_exit(model, 0, input_ids=IDS).output.logits
+    cast = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)  # as accelerate prepares a model
+    model.forward = MethodType(convert_outputs_to_fp32(cast), model)
+    found = run_to_exit(model, 0, input_ids=IDS).output.logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float())
+    whole = run_to_exit(model, 1, input_ids=IDS).output.logits
+    assert torch.equal(whole, model(input_ids=IDS).logits)
 
 
 def test_a_model_that_has_lost_a_block_is_refused(tmp_path):

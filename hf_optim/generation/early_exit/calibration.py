@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import DataError, ModelError
+from ...errors import DataError, ModelError, RecipeError
+from ...trust.bounds import shown
 from .distances import DISTANCES
-from .door import custom, weights_of
+from .door import custom, described, weights_of
 from .learn_then_test import Tested, fixed_sequence, least_examples, nearest_bound
-from .settings import Certificate, EarlyExit, certified_settings
+from .settings import PROCESSORS, Certificate, EarlyExit, certified_settings, require_number
 from .stack import Stack
 
 GUARANTEES = ("consistency", "risk")
@@ -31,6 +33,8 @@ class Bound:
         guarantee: ``"consistency"`` with the full model's output, or ``"risk"`` against references.
         distance: ``"rouge_l"`` or ``"edit_distance"``.
         candidates: thresholds to test, from the highest down.
+
+    Raises ``RecipeError`` for other values.
     """
 
     delta: float
@@ -38,6 +42,20 @@ class Bound:
     guarantee: str = "consistency"
     distance: str = "rouge_l"
     candidates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("delta", "epsilon"):
+            value = getattr(self, name)
+            require_number(name, value, 0.0, 1.0)
+            if not 0 < value < 1:
+                raise RecipeError(f"{name} must be above 0 and below 1, not {value:g}")
+        for name, known in (("guarantee", GUARANTEES), ("distance", tuple(DISTANCES))):
+            if getattr(self, name) not in known:
+                raise RecipeError(f"{name} must be one of {', '.join(known)}, not {shown(getattr(self, name))}")
+        for each in self.candidates:
+            require_number("each of candidates", each, -1.0, 1.0)
+        if not self.candidates or any(a <= b for a, b in pairwise(self.candidates)):
+            raise RecipeError("candidates must be thresholds from 1 to -1, falling, each once, and at least one")
 
 
 @torch.no_grad()
@@ -74,7 +92,8 @@ def calibrate(
     certificate = Certificate(
         bound.guarantee, bound.distance, bound.delta, bound.epsilon, len(prompts), chosen.mean, chosen.p_value,
         tuple((each.threshold, each.mean, each.p_value) for each in tested),
-        certified_settings(settings), weights_of(model), len(prompts[0]),
+        certified_settings(settings) | {PROCESSORS: _processors(model, prompts[0], settings.length)},
+        weights_of(model), len(prompts[0]),
     )  # fmt: skip
     return replace(settings, certificate=certificate)
 
@@ -95,18 +114,39 @@ def outputs(model: Any, prompts: Sequence[Tensor], settings: EarlyExit | None, l
     """Return greedy continuations of prompts, up to their end, without padding; at full depth without settings."""
     found: list[list[int]] = []
     method = {} if settings is None else {"custom_generate": custom(settings)}
-    ends = model.generation_config.eos_token_id
-    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-    pad = model.generation_config.pad_token_id
-    pad = pad if pad is not None else next(iter(sorted(ends)), 0)
     for start in range(0, len(prompts), ROWS):
         ids = torch.stack(list(prompts[start : start + ROWS])).to(model.device)
-        tokens = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, num_beams=1,
-            pad_token_id=pad, **method,
-        )  # fmt: skip
-        found += [_until(row, ends) for row in tokens[:, ids.shape[1] :].tolist()]
+        tokens = model.generate(input_ids=ids, **_greedy(model, ids, length), **method)
+        found += [_until(row, _ends(model)) for row in tokens[:, ids.shape[1] :].tolist()]
     return found
+
+
+def _processors(model: Any, prompt: Tensor, length: int) -> list[str]:
+    """Return the processors of logits of a call, which the model's generation configuration makes."""
+    found: list[str] = []
+
+    def note(model: Any, input_ids: Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        found.extend(described(logits_processor))
+        return input_ids
+
+    ids = prompt[None].to(model.device)
+    model.generate(input_ids=ids, **_greedy(model, ids, length), custom_generate=note)
+    return found
+
+
+def _greedy(model: Any, ids: Tensor, length: int) -> dict[str, Any]:
+    """Return the arguments of ``generate`` for greedy tokens of whole prompts, whatever the model's configuration."""
+    pad, ends = model.generation_config.pad_token_id, _ends(model)
+    return {
+        "attention_mask": torch.ones_like(ids), "max_new_tokens": length, "do_sample": False, "num_beams": 1,
+        "num_return_sequences": 1, "return_dict_in_generate": False,
+        "pad_token_id": pad if pad is not None else next(iter(sorted(ends)), 0),
+    }  # fmt: skip
+
+
+def _ends(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,21 +13,45 @@ from ...toolkit.exits import exits_of
 
 # Elements of a weight that are read: all sums would read the whole model.
 SAMPLED = 4096
+GLANCED = 64
+# Places within the parts: a number without a common factor with usual widths.
+STEP = 40503
 
 
 def fingerprint(model: Any) -> str:
     """Return a hash, in hexadecimal, of up to 4096 values of each weight, in the dtype they are computed in.
 
     The weights of exits count. Packed weights are read as the numbers that their codes stand for. A change of few
-    values of a large weight may be missed; training, pruning, quantizing or another dtype is not.
+    values of a large weight may be missed; training, pruning, quantizing or another dtype is not. The configuration is
+    not read.
     """
     found = hashlib.sha256()
     for name, weight in sorted(_weights(model).items()):
-        flat = weight.detach().reshape(-1)
-        flat = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED]
+        flat = sampled(weight, SAMPLED)
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         found.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def sampled(weight: Tensor, count: int) -> Tensor:
+    """Return up to ``count`` values of a weight: one of each of as many equal parts of it, at a place of its own.
+
+    A fixed stride would meet the same columns in every row.
+    """
+    flat = weight.detach().reshape(-1)
+    if len(flat) <= count:
+        return flat
+    part = torch.arange(count, device=flat.device)
+    return flat[part * len(flat) // count + part * STEP % (len(flat) // count)]
+
+
+def glance(tensors: Iterable[Tensor]) -> tuple[bytes, ...]:
+    """Return a few values of each tensor, as bytes: less than ``fingerprint`` reads, for a look before every call."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for each in tensors:
+        by_kind.setdefault((each.device, each.dtype), []).append(sampled(each, GLANCED))
+    joined = (torch.cat(each).cpu().contiguous().view(torch.uint8) for each in by_kind.values() if each)
+    return tuple(each.numpy().tobytes() for each in joined)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class EarlyExit:
             ``"none"``; ``"code"``: 0.9 threshold + 0.1 threshold exp(-temperature t / length), of the authors' code;
             ``"paper"``: 0.9 threshold + 0.1 exp(-temperature t / length), at most 1.
         temperature: of the decay.
-        length: the most new tokens that the decay, and a certificate, are for.
+        length: the limit of new tokens that the decay, and a certificate, are for.
         lossless: the exit drafts tokens, and the full model verifies them: its own tokens, sooner. Needs one layer.
         drafts: the most tokens drafted at once.
         draft_threshold: drafting ends where no row's confidence reaches it; 0 drafts always.
@@ -119,7 +119,7 @@ class Certificate:
         mean: loss over them, at the threshold.
         p_value: at the threshold.
         tested: (threshold, mean, p-value) of all thresholds, in the order they were tested.
-        settings: the fields of ``EarlyExit`` that the certificate is for.
+        settings: the fields of ``EarlyExit`` that the certificate is for, and the processors of logits.
         model: fingerprint of the weights.
         prompt: tokens of the prompts.
     """
@@ -143,6 +143,8 @@ class Certificate:
 
 # The fields that decide which token is generated: a certificate is for their values.
 CERTIFIED = ("confidence", "threshold", "layers", "decay", "temperature", "length", "classifier")
+# Beside them in a certificate's settings: the processors of logits that the model's generation configuration made.
+PROCESSORS = "processors"
 
 
 def certified_settings(settings: EarlyExit) -> dict[str, Any]:

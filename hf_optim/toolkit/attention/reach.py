@@ -38,12 +38,8 @@ def relative_difference(values: Tensor, reference: Tensor) -> float:
 
 
 def attends_to_the_far_end(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
-    """Return True if the first input position influences the last output position, or the last the first.
-
-    Differences within rounding do not count: experts process tokens in groups, and a matrix product rounds depending on
-    its size.
-    """
-    tolerance = max(1e-5, 2 * torch.finfo(model.dtype).eps)
+    """Return True if the first input position influences the last output position, or the last the first."""
+    tolerance = _rounding(model)
     before = hidden_states(model, inputs)
     return any(
         relative_difference(hidden_states(model, perturbed(inputs, here))[:, there], before[:, there]) > tolerance
@@ -53,4 +49,12 @@ def attends_to_the_far_end(model: PreTrainedModel, inputs: dict[str, Tensor]) ->
 
 def is_causal(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor) -> bool:
     """Return True if the first position does not see the last one; ``full`` are the hidden states for ``inputs``."""
-    return relative_difference(hidden_states(model, perturbed(inputs, -1))[:, 0], full[:, 0]) == 0
+    return relative_difference(hidden_states(model, perturbed(inputs, -1))[:, 0], full[:, 0]) <= _rounding(model)
+
+
+def _rounding(model: PreTrainedModel) -> float:
+    """Return the relative difference that does not count as an influence.
+
+    Experts process tokens in groups, and a matrix product rounds depending on its size.
+    """
+    return max(1e-5, 2 * torch.finfo(model.dtype).eps)

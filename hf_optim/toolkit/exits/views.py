@@ -6,8 +6,10 @@ views of one model at the same time, and a view costs no memory to speak of.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,7 +42,8 @@ def view(model: nn.Module, changes: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    if "forward" in vars(module):
+    own = vars(module).get("forward")
+    if own is not None and not _is_wrapped(module, own):
         raise ModelError(
             f"the forward of {type(module).__name__} was replaced on the object (accelerate does that to move weights "
             "between devices), so its blocks cannot be run in parts: load the model on one device"
@@ -48,11 +51,22 @@ def _shallow(module: nn.Module) -> nn.Module:
     made = object.__new__(type(module))
     held = {key: value for key, value in vars(module).items() if not key.startswith("_hf_optim")}
     vars(made).update(held)
+    if own is not None:
+        vars(made)["forward"] = MethodType(own.__func__, made)
     vars(made)["_modules"] = dict(module._modules)
     for name in _HOOKS:
         if held.get(name):
             vars(made)[name] = OrderedDict()
     return made
+
+
+def _is_wrapped(module: nn.Module, forward: Any) -> bool:
+    """Return True if a forward that is kept on a module is its class's, wrapped as a function of the module.
+
+    accelerate does this for mixed precision; bound to a view, it runs the view.
+    """
+    bound = isinstance(forward, MethodType) and forward.__self__ is module
+    return bound and inspect.unwrap(forward.__func__) is inspect.unwrap(type(module).forward)
 
 
 def list_with(blocks: nn.Module, members: Sequence[nn.Module]) -> nn.Module:

@@ -8,6 +8,7 @@ from . import (
     remote_code_guard,
     replace,
     reversible,
+    thread_values,
     tied_blocks,
     transplant,
 )
@@ -20,6 +21,7 @@ from .own_loss import read_own_loss, watch_own_loss
 from .remote_code_guard import RefusedByStock
 from .replace import ReplacedModules
 from .reversible import Branch, Streams, recall, reversible_step
+from .thread_values import ThreadValue
 from .tied_blocks import Passage, Step, TiedModel, block_of_step, hidden_and_rest, read_tied_blocks, tie_blocks
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "ReplacedModules",
     "Step",
     "Streams",
+    "ThreadValue",
     "TiedModel",
     "block_of_step",
     "coded_experts",
@@ -50,6 +53,7 @@ __all__ = [
     "reversible",
     "reversible_step",
     "rounding_tolerance",
+    "thread_values",
     "tie_blocks",
     "tied_blocks",
     "transplant",

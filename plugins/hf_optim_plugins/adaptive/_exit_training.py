@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_optim import ModelError, Run
 from hf_optim.toolkit.distillation import teachers
@@ -56,6 +57,8 @@ class RecordExits(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stop_recording(self._state)  # left by a step that failed
+        factor = args.label_smoothing_factor
+        self._state.smoother = LabelSmoother(epsilon=factor) if factor else None
         recording = record_states(self._run.model, self._split)
         self._state.states = recording.__enter__()
         self._state.recording = recording
@@ -67,7 +70,8 @@ class RecordExits(TrainerCallback):
 def stop_recording(step_state: Any) -> None:
     """Remove the hooks of ``RecordExits`` from the model, if there are any."""
     recording = vars(step_state).pop("recording", None)
-    vars(step_state).pop("states", None)
+    for name in ("states", "smoother"):
+        vars(step_state).pop(name, None)
     if recording is not None:
         recording.__exit__(None, None, None)
 
@@ -91,13 +95,24 @@ def loss_of(output: Any, label: str) -> Tensor:
     return loss.mean()
 
 
+def exit_loss(exits: ExitHeads, output: Any, inputs: Mapping[str, Any], smoother: Any, label: str) -> Tensor:
+    """Return the loss of an exit: the model's own, or that of smoothed labels, which the Trainer keeps from the model.
+
+    Raises ``ModelError`` if there is none.
+    """
+    labels = inputs.get("labels")
+    if smoother is None or labels is None:
+        return loss_of(output, label)
+    return smoother(output, labels, shift_labels=teachers.predicts_next_token(exits.model))
+
+
 def vector_distance(states: Tensor, last: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean of ``1 - cos`` between the pooled states of an exit and those of the last one."""
     first, second = pooled(states, mask), pooled(last, mask).detach()
     return (1 - functional.cosine_similarity(first, second, dim=-1)).mean()
 
 
-def mixed_loss(exits: ExitHeads, inputs: Mapping[str, Any], paths: int, label: str) -> Tensor:
+def mixed_loss(exits: ExitHeads, inputs: Mapping[str, Any], paths: int, label: str, smoother: Any = None) -> Tensor:
     """Return the mean loss of ``paths`` forwards in which each token, or row, stops at an exit drawn uniformly."""
     model, losses = exits.model, []
     for _ in range(paths):
@@ -110,7 +125,8 @@ def mixed_loss(exits: ExitHeads, inputs: Mapping[str, Any], paths: int, label: s
                 drawn.append(torch.randint(exits.count, shape, device=hidden.device).expand(rows, tokens))
             return drawn[0] == index
 
-        losses.append(loss_of(run_held(model, decide, **forward_inputs(model, inputs)).output, label))
+        output = run_held(model, decide, **forward_inputs(model, inputs)).output
+        losses.append(exit_loss(exits, output, inputs, smoother, label))
     return torch.stack(losses).mean()
 
 

@@ -81,7 +81,7 @@ class CALM(Technique):
         candidates: thresholds to test, falling; empty for 0.95 to 0.05 (0.999 to 0.5 for ``state``).
         decay: of the threshold with the number of generated tokens: ``none``, or the form of the ``code`` or ``paper``.
         temperature: tau of the decay.
-        length: the most new tokens that the guarantee, and N of the decay, are for.
+        length: the limit of new tokens that the guarantee, and N of the decay, are for.
         prompt: tokens of each prompt; a row of the calibration data is a prompt, and its reference behind it.
         lossless: the one exit in ``layers`` drafts, and the full model verifies: its own tokens.
         drafts: the most tokens drafted at once.
@@ -121,7 +121,8 @@ class CALM(Technique):
     def bound(self) -> early_exit.Bound:
         """What is to be proven."""
         default = CANDIDATES_OF_STATES if self.confidence == "state" else CANDIDATES
-        return early_exit.Bound(self.delta, self.epsilon, self.guarantee, self.distance, self.candidates or default)
+        guarantee = self.guarantee if self.calibrates else early_exit.GUARANTEES[0]
+        return early_exit.Bound(self.delta, self.epsilon, guarantee, self.distance, self.candidates or default)
 
     def validate(self) -> None:
         _ = self.settings
@@ -136,9 +137,10 @@ class CALM(Technique):
                 f"calm: a threshold of {self.threshold:g} that no calibration has proven guarantees no "
                 f"{self.guarantee}: leave threshold out, so that it is calibrated, or set guarantee: none"
             )
-        falling = all(a > b for a, b in zip(self.candidates, self.candidates[1:], strict=False))
-        if not falling or not all(-1 <= each <= 1 for each in self.candidates):
-            raise RecipeError("calm: candidates must be thresholds from 1 to -1, falling, each once")
+        try:
+            _ = self.bound
+        except RecipeError as error:
+            raise RecipeError(f"calm: {error}") from error
 
     @property
     def calibrates(self) -> bool:
@@ -205,11 +207,16 @@ class CALM(Technique):
         needed = self.prompt + (self.length if self.guarantee == "risk" else 0)
         found = run.state(self).rows
         rows = [row for row in found if len(row) >= needed]
-        if len(rows) < 2:
+        if not rows:
             longest = max((len(row) for row in found), default=0)
             raise DataError(
                 f"{label}: a prompt takes {needed} tokens, and the longest row of the calibration data has {longest}: "
                 "set prompt lower, or a longer seq_len of the data"
+            )
+        if len(rows) == 1 and self.confidence == "classifier" and self.calibrates:
+            raise DataError(
+                f"{label}: one row of the calibration data is as long as a prompt ({needed} tokens): the classifier "
+                "and its threshold need rows of their own"
             )
         if len(rows) < len(found):
             run.warn(self, f"{len(found) - len(rows)} rows of the calibration data are shorter than a prompt.")
@@ -293,8 +300,8 @@ def _card_text(figures: dict[str, Any]) -> str:
     of = "the full model's output" if figures["guarantee"] == "consistency" else "what the full model loses"
     return (
         f"{text} Calibrated on {figures['examples']} prompts of {figures['prompt']} tokens: the expected loss "
-        f"({figures['distance']}, beside {of}) of greedy decoding of up to {figures['length']} new tokens is at most "
-        f"{figures['delta']:g}, at level {figures['epsilon']:g} (mean {figures['mean']:.4g}, p-value "
+        f"({figures['distance']}, beside {of}) of greedy decoding with a limit of {figures['length']} new tokens is "
+        f"at most {figures['delta']:g}, at level {figures['epsilon']:g} (mean {figures['mean']:.4g}, p-value "
         f"{figures['p_value']:.2g}), for prompts from the same source and for these weights."
     )
 

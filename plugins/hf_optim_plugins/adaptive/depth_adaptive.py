@@ -75,8 +75,8 @@ from ._exit_training import (
     RecordExits,
     balanced,
     early_outputs,
+    exit_loss,
     exit_targets,
-    loss_of,
     mixed_loss,
     stop_logits,
     stop_loss,
@@ -237,15 +237,22 @@ class DepthAdaptive(Technique):
         states[-1] = states[-1] if self.train_model else states[-1].detach()
         if not exits.structure.has_head:
             return {TERM: self._vector_term(exits, states, inputs)}
-        loss_of(outputs, label)
+        smoother = getattr(run.state(self), "smoother", None)
+        exit_loss(exits, outputs, inputs, smoother, label)
         if self.training == "mixed":
-            terms: dict[str, Tensor | float] = {"task_scale": 0.0, TERM: mixed_loss(exits, inputs, self.paths, label)}
+            terms: dict[str, Tensor | float] = {
+                "task_scale": 0.0,
+                TERM: mixed_loss(exits, inputs, self.paths, label, smoother),
+            }
             with torch.no_grad():
                 found = early_outputs(exits, states, inputs) if self.classifier != "none" else []
         else:
             weights = exit_weights(self.weights, exits.count)
             found = early_outputs(exits, states, inputs)
-            early = [weight * loss_of(each, label) for weight, each in zip(weights, found, strict=False)]
+            early = [
+                weight * exit_loss(exits, each, inputs, smoother, label)
+                for weight, each in zip(weights, found, strict=False)
+            ]
             terms = {"task_scale": weights[-1], TERM: torch.stack(early).sum()}
         if self.classifier != "none":
             target, counted = exit_targets(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, ThreadValue, grouped_where_it_fits
 
 
 class Inlet(nn.Module):
@@ -28,16 +28,16 @@ class Inlet(nn.Module):
     def __init__(self, keeps: bool) -> None:
         super().__init__()
         self.keeps = keeps
-        self.kept: Tensor | None = None
+        self.kept = ThreadValue()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.keeps:
-            self.kept = x
+            self.kept.leave(x)
         return x[..., :0]
 
     def take(self) -> Tensor:
         """Return what was kept, and release it. Raises ``RuntimeError`` if there is nothing."""
-        x, self.kept = self.kept, None
+        x = self.kept.take()
         if x is None:
             raise RuntimeError("the feed-forward layer was called without its first projection")
         return x

@@ -31,7 +31,14 @@ from transformers.activations import ACT2FN
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, require_own_code
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import coded_experts, grouped_experts, main_output, replace, rounding_tolerance
+from hf_optim.toolkit.modules import (
+    coded_experts,
+    grouped_experts,
+    main_output,
+    replace,
+    rounding_tolerance,
+    thread_values,
+)
 from hf_optim.toolkit.statistics import sample_feed_forwards
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, weight_out_in
 
@@ -97,7 +104,7 @@ class Moefication(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="moefication",
-        source=joined(coded_experts, grouped_experts, replace, _inlet_layers, _moefied_layers),
+        source=joined(coded_experts, grouped_experts, replace, thread_values, _inlet_layers, _moefied_layers),
         field=_moefied_layers.MoefiedModules.replaced_field,
         model_base=_moefied_layers.MoefiedModules.__name__,
     )

@@ -29,7 +29,14 @@ from transformers import PreTrainedModel
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, require_own_code
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import coded_experts, grouped_experts, main_output, replace, rounding_tolerance
+from hf_optim.toolkit.modules import (
+    coded_experts,
+    grouped_experts,
+    main_output,
+    replace,
+    rounding_tolerance,
+    thread_values,
+)
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
 
 from . import _inlet_layers, _residual_layers
@@ -88,7 +95,7 @@ class PRMoE(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="pr_moe",
-        source=joined(coded_experts, grouped_experts, replace, _inlet_layers, _residual_layers),
+        source=joined(coded_experts, grouped_experts, replace, thread_values, _inlet_layers, _residual_layers),
         field=_residual_layers.ResidualModules.replaced_field,
         model_base=_residual_layers.ResidualModules.__name__,
     )

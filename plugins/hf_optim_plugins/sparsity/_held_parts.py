@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -110,18 +109,10 @@ class ReadsRows(nn.Module):
 
     def with_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of a forward, with the rows if this part has the layers."""
-        if not self.__dict__.get(CORE):
+        names = self.__dict__.get(CORE)
+        if names is None:
             return kwargs
-        return {**kwargs, ROWS: rows_of(dict(zip(_argument_names(self), args, strict=False)) | kwargs)}
-
-
-def _argument_names(part: nn.Module) -> tuple[str, ...]:
-    return _argument_names_of(type(part))  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=64)
-def _argument_names_of(cls: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+        return {**kwargs, ROWS: rows_of(dict(zip(names, args, strict=False)) | kwargs)}
 
 
 def read_rows(model: Any) -> None:
@@ -133,7 +124,7 @@ def read_rows(model: Any) -> None:
         if isinstance(part, PreTrainedModel) and sum(hasattr(m, "is_causal") for m in part.modules()) == every
     ][-1]
     core.__class__ = mixed(ReadsRows, type(core))  # type: ignore[arg-type]
-    core.__dict__[CORE] = True
+    core.__dict__[CORE] = tuple(inspect.signature(type(core).forward).parameters)[1:]
 
 
 def require_rows(given: Mapping[str, Any], title: str) -> TokenRows:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from hf_optim.toolkit.modules import ReplacedModules
+from hf_optim.toolkit.modules import ReplacedModules, ThreadValue
 
 from ._sparse_ffn_codes import decode_rows, encode_rows
 from ._sparse_ffn_kernel import by_kernel
@@ -212,7 +212,8 @@ class SparseFFN(nn.Module):
         if factor is not None:
             inner = inner * factor
         cpu = x.device.type == "cpu"
-        if cpu and self.entry["bits"] == 16 and x.dtype in (torch.float32, torch.float64):
+        exact = inner.dtype in (torch.float32, torch.float64)  # not where autocast has rounded the products
+        if cpu and self.entry["bits"] == 16 and exact and inner.dtype == self.down.dtype:
             # Adds up chosen rows without a copy of them.
             out = F.embedding_bag(units, self.down, mode="sum", per_sample_weights=inner)
         elif (step := self._rows_at_a_time(x, self.entry["out"])) < units.shape[1]:
@@ -220,7 +221,7 @@ class SparseFFN(nn.Module):
             out = torch.stack([self._sum(own, weights) for own, weights in parts]).sum(0)
         else:
             out = self._sum(units, inner)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)  # autocast leaves biases wide
 
     def _rows_at_a_time(self, x: Tensor, columns: int) -> int:
         """Return how many rows of each token are copied at a time: on a CPU those that a cache holds."""
@@ -235,7 +236,7 @@ class SparseFFN(nn.Module):
         else:
             out = self._products(x, name, units)
         bias = getattr(self, f"{name}_bias")
-        return out if bias is None else out + bias.index_select(0, units.reshape(-1)).view_as(out)
+        return out if bias is None else out + bias.index_select(0, units.reshape(-1)).view_as(out).to(out.dtype)
 
     def _products(self, x: Tensor, name: str, units: Tensor) -> Tensor:
         rows = self.rows(name, units.reshape(-1)).view(*units.shape, -1)
@@ -294,11 +295,11 @@ class SparseInlet(nn.Module):
     def __init__(self, keeps: bool) -> None:
         super().__init__()
         self.keeps = keeps
-        self.kept: Tensor | None = None
+        self.kept = ThreadValue()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.keeps:
-            self.kept = x
+            self.kept.leave(x)
         return x[..., :0]
 
 
@@ -315,8 +316,7 @@ class PlacedSparseFFN(SparseFFN):
 
     def forward(self, nothing: Tensor) -> Tensor:
         """Return ``[..., out]`` for the input ``[..., in]`` that the inlet keeps; ``nothing`` is ``[..., 0]``."""
-        inlet = self.inlet[0]
-        x, inlet.kept = inlet.kept, None
+        x = self.inlet[0].kept.take()
         if x is None:
             raise RuntimeError("the feed-forward layer was called without its first projection")
         return super().forward(x)

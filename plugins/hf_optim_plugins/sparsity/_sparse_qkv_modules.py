@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_optim.toolkit.modules import mixed
+from hf_optim.toolkit.modules import ThreadValue, mixed
 
 from ._held_parts import ROWS, TokenRows, hold, require_rows
 
@@ -222,11 +222,11 @@ class Handed(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.out_features = width
-        self.held: Tensor | None = None
+        self.held = ThreadValue()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return what is held, once."""
-        made, self.held = self.held, None
+        made = self.held.take()
         if made is None:
             raise ValueError("a projection of this attention is read twice, or by another module: it is made once")
         return made
@@ -273,10 +273,10 @@ def hand_over(module: Any, query: Tensor, key: Tensor | None, value: Tensor) -> 
         key = query if same else value.new_zeros(1).expand(*value.shape)
     names = module.sparse_qkv_names
     if len(names) == 1:
-        module.get_submodule(names[0]).held = torch.cat([query, key, value], -1)
+        module.get_submodule(names[0]).held.leave(torch.cat([query, key, value], -1))
         return
     for name, made in zip(names, (query, key, value), strict=True):
-        module.get_submodule(name).held = made
+        module.get_submodule(name).held.leave(made)
 
 
 def layout_of_projections(module: nn.Module) -> tuple[tuple[str, ...], str] | None:

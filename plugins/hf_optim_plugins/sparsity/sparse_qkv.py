@@ -59,7 +59,7 @@ from hf_optim.toolkit.attention import (
     require_on_interface,
     require_self_attention,
 )
-from hf_optim.toolkit.modules import mixed_classes, remote_code_guard, rounding_tolerance
+from hf_optim.toolkit.modules import mixed_classes, remote_code_guard, rounding_tolerance, thread_values
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _held_parts, _sparse_qkv_model, _sparse_qkv_modules
@@ -109,7 +109,9 @@ class SparseQKV(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="sparse_qkv",
-        source=joined(remote_code_guard, mixed_classes, _held_parts, _sparse_qkv_modules, _sparse_qkv_model),
+        source=joined(
+            remote_code_guard, mixed_classes, thread_values, _held_parts, _sparse_qkv_modules, _sparse_qkv_model
+        ),
         config_base=_sparse_qkv_model.SparseQkvConfig.__name__,
         field=_sparse_qkv_model.SPARSE_QKV,
         model_base=_sparse_qkv_model.SparseQkvModel.__name__,

@@ -53,6 +53,7 @@ from hf_optim.toolkit.attention import (
     require_self_attention,
 )
 from hf_optim.toolkit.modules import replace as replaced_modules
+from hf_optim.toolkit.modules import thread_values
 
 from . import (
     _held_parts,
@@ -134,6 +135,7 @@ class Terraformer(Technique):
             *LEARNED,
             *LSH_PAGES,
             replaced_modules,
+            thread_values,
             _held_parts,
             _sparse_ffn_codes,
             _sparse_ffn_kernel,

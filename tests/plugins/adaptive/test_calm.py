@@ -146,6 +146,7 @@ def test_wrong_fields_and_models_are_refused():
         ({"lossless": True}, "drafts after one block"),
         ({"lossless": True, "layers": [1], "threshold": 0.5}, "draft_threshold"),
         ({"layers": [2, 1]}, "ascend"),
+        ({"candidates": [1.5, 0.5]}, "calm: each of candidates must be a number from -1 to 1"),
     ]
     for fields, words in cases:
         with pytest.raises(RecipeError, match=words):
@@ -159,6 +160,49 @@ def test_wrong_fields_and_models_are_refused():
         hf_optim.optimize(decoder("llama", double=False), [{**free, "layers": [3]}])
     with pytest.raises(DataError, match=r"a prompt takes 40 tokens, and the longest row .* has 24"):
         hf_optim.optimize(decoder("llama", double=False), [{**CALM, "prompt": 40}], calibration=ROWS)
+    one = {**CALM, "confidence": "classifier", "delta": 0.95}
+    with pytest.raises(DataError, match="one row of the calibration data"):
+        hf_optim.optimize(decoder("llama", double=False), [one], calibration=ROWS[:1])
+
+
+def test_one_prompt_proves_a_bound_that_is_weak_enough():
+    model = hf_optim.optimize(decoder("llama", double=False), [{**CALM, "delta": 0.9}], calibration=ROWS[:1])
+    certificate = early_exit.settings_of(model.config).certificate
+    assert certificate.examples == 1
+    assert certificate.p_value <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"delta": 0.0}, "delta must be above 0"),
+        ({"delta": 1}, "delta must be above 0 and below 1"),
+        ({"delta": float("nan")}, "delta must be a number"),
+        ({"epsilon": 1.0}, "epsilon must be above 0 and below 1"),
+        ({"candidates": ()}, "at least one"),
+        ({"candidates": (0.5, 0.9)}, "falling"),
+        ({"candidates": (0.9, 0.9)}, "falling"),
+        ({"candidates": (float("nan"),)}, "each of candidates"),
+        ({"guarantee": "none"}, "guarantee must be one of consistency, risk"),
+        ({"distance": "bleu"}, "distance must be one of rouge_l"),
+    ],
+)
+def test_bounds_that_mean_nothing_are_refused(fields, words):
+    with pytest.raises(RecipeError, match=words):
+        early_exit.Bound(**{"delta": 0.4, "epsilon": 0.2, "candidates": (0.9, 0.5), **fields})
+
+
+def test_the_models_own_settings_of_generation_do_not_disturb_the_calibration():
+    bound = early_exit.Bound(0.9, 0.2, candidates=(0.9,))
+    given, settings = [row[:8] for row in ROWS[:4]], early_exit.EarlyExit(length=6)
+    plain = early_exit.calibrate(decoder("llama", double=False), given, bound, settings)
+    model = decoder("llama", double=False)
+    model.generation_config.update(return_dict_in_generate=True, output_scores=True, do_sample=True)
+    assert early_exit.calibrate(model, given, bound, settings) == plain
+    assert plain.certificate.settings["processors"] == []
+    model.generation_config.repetition_penalty = 1.2
+    penalized = early_exit.calibrate(model, given, bound, settings)
+    assert penalized.certificate.settings["processors"] == ["RepetitionPenaltyLogitsProcessor(penalty=1.2)"]
 
 
 @pytest.mark.many

@@ -186,6 +186,32 @@ def test_gradient_scaling_changes_gradients_and_no_value():
     assert not torch.allclose(found[0][1][0], found[1][1][0])
 
 
+@pytest.mark.parametrize("training", ["aligned", "mixed"])
+def test_smoothed_labels_reach_every_exit(training, tmp_path):
+    def step(**more):
+        torch.manual_seed(0)
+        model = optimized(tiny_llama(num_hidden_layers=3), training=training)
+        args = arguments(tmp_path / str(more), 1, **more)
+        trainer = OptimTrainer(model=model, args=args, train_dataset=training_examples(model))
+        trainer.train()
+        return trainer.state.log_history[-1]["train_loss"]
+
+    plain, barely, smoothed = (step(label_smoothing_factor=factor) for factor in (0.0, 1e-6, 0.3))
+    assert barely == pytest.approx(plain, abs=1e-4)
+    assert abs(smoothed - plain) > 1e-3
+
+
+def test_exits_are_trained_in_mixed_precision(tmp_path):
+    def after(**more):
+        model = optimized(tiny_llama(num_hidden_layers=3), heads="own", classifier="token")
+        args = arguments(tmp_path / str(more), 2, **more)
+        trainer = OptimTrainer(model=model, args=args, train_dataset=training_examples(model))
+        trainer.train()
+        return trainer.state.log_history[-1]["train_loss"]
+
+    assert after(bf16=True) == pytest.approx(after(), rel=1e-2)
+
+
 def test_mixed_training_is_the_loss_of_tokens_that_stop_where_they_are_drawn():
     model = tiny_llama(num_hidden_layers=3).double()
     exits = attach_exits(model, ExitSettings((0, 1)))

@@ -154,6 +154,26 @@ def test_it_compiles_as_one_graph(rows, training):
     assert torch.allclose(found, ffn(x))
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("rows", [0, 8])
+def test_autocast_reads_chosen_rows_as_it_masks(rows, bits):
+    ffn, x = layer(torch.float32, gather_rows=rows, bits=bits, bias=True), draw(3, 16).float()
+    with torch.no_grad():
+        expected = ffn(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ffn(x)
+    assert found.dtype == torch.bfloat16
+    assert float((found - expected).abs().max()) < 2e-2 * float(expected.abs().max())
+
+
+def test_a_model_compiles_as_one_graph():
+    model = sparse(tiny_llama(num_hidden_layers=1)).eval()
+    given = {"input_ids": torch.arange(3, 9).view(1, 6), "use_cache": False}
+    with torch.no_grad():
+        expected = model(**given).logits
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(**given).logits, expected)
+
+
 def test_kernels_are_called_in_inference_and_in_one_graph(monkeypatch):
     monkeypatch.setattr(_sparse_ffn_kernel, "SPARSE_FFN_DEVICES", ("cpu",))
     ffn, x, calls = layer(torch.float32), draw(3, 16).float(), []
@@ -327,7 +347,7 @@ def test_nothing_is_kept_between_forwards_and_a_copy_has_its_own_input():
     assert torch.equal(logits(twin), expected)
     for ffn in layers_of(twin).values():
         assert ffn.inlet[0] in set(twin.modules())
-        assert ffn.inlet[0].kept is None
+        assert ffn.inlet[0].kept.is_empty()
     with pytest.raises(RuntimeError, match="without its first projection"):
         next(iter(layers_of(model).values()))(torch.zeros(1, 0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -177,6 +178,7 @@ def test_a_model_computes_stock_attention_of_these_projections():
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
+@pytest.mark.many
 @pytest.mark.parametrize("build", DECODERS)
 @pytest.mark.parametrize("fields", [{}, {"concat": "fixed", "output": "mult"}, {"kernel": 1, "output": "dense"}])
 def test_decoding_is_the_full_forward(build, fields):
@@ -195,6 +197,15 @@ def test_generate_with_beams_chooses_the_tokens_of_a_model_without_cache():
     given = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
     found = model.generate(IDS[:, :6], **given)
     assert torch.equal(found, model.generate(IDS[:, :6], use_cache=False, **given))
+
+
+def test_it_compiles_without_a_warning_of_cached_functions():
+    model = sparse(tiny_llama(num_hidden_layers=1))
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        found = torch.compile(model, backend="eager")(IDS, use_cache=False).logits
+    assert not [str(each.message) for each in caught if "lru_cache" in str(each.message)]
+    torch.testing.assert_close(found, model(IDS, use_cache=False).logits)
 
 
 def test_the_state_follows_the_rows_of_a_cache():
@@ -357,6 +368,7 @@ RELOAD = """
 """
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_a_checkpoint_needs_no_hf_optim(build, tmp_path, stock_python):
     model = sparse(build(), concat="fixed")
