@@ -29,7 +29,8 @@ class Record:
         recipe: the recipe as a mapping (``OptimConfig.to_dict()``).
         base_model: ``{"id", "revision", "class", "parameters", "dtype"}``.
         calibration: ``{"dataset", "split", "text_column", "samples", "seq_len", "tokens", "seed", "sha256"}``.
-        stages: one mapping per stage: ``{"steps", "driver", "seconds", "peak_memory_bytes", "device"}``.
+        stages: one mapping per stage: ``{"steps", "driver", "seconds", "peak_memory_bytes", "device"}``; that of a
+            training also has ``data``, the name of what it read, if ``train_stage`` ran it.
         coverage: per step name: ``{"weights_touched", "weights_total", "share", "skipped": {reason: names},
             "left_alone": {role: {"reason", "names", "weights"}}}``; what was touched and what was left alone add up.
         steps: per index of a step (as a string): the metrics it reports (``Run.report``).

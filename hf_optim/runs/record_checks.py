@@ -74,6 +74,7 @@ SHAPES: dict[str, Any] = {
             "steps": [str],
             "driver": TEXT,
             "device": TEXT,
+            "data": TEXT,
             "seconds": NUMBER,
             "peak_memory_bytes": NUMBER,
             "peak_memory_of": TEXT,

@@ -22,6 +22,7 @@ from ..recipes.composition import Stage, step_label
 from ..recipes.config import DataConfig, OptimConfig
 from ..runs import folder_lock, progress
 from ..runs.disk_errors import readable_disk_errors
+from ..runs.record import public_name
 from ..runs.run import find_run, run_of
 from .arguments import recipe_errors, require_trainable, training_arguments
 
@@ -103,6 +104,10 @@ def train_stage(
             progress.stage(f"training {run.stage}"),
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
+    # Stages after this one may have run by now.
+    trained = [stage for stage in trainer.run.record.stages if stage.get("driver") == "training"]
+    if trained and data.dataset is not None:
+        trained[-1]["data"] = public_name(data.dataset)
     # A step may have replaced the model: the run has the current one.
     return trainer.run.model
 

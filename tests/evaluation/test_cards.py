@@ -16,7 +16,7 @@ from hf_optim import CheckpointError, Contract, Paper, Reload, Technique, option
 from hf_optim.evaluation.cards import plots
 from hf_optim.evaluation.cards.card import Card
 from hf_optim.evaluation.cards.index import render_index
-from hf_optim.evaluation.cards.points import ORIGINAL, Point, layers_differ, models_differ, pareto_front
+from hf_optim.evaluation.cards.points import ORIGINAL, Point, bytes_differ, layers_differ, models_differ, pareto_front
 from hf_optim.evaluation.reported import REPORTED_METRICS, format_bytes, recipe_label
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.runs.record import Record
@@ -286,6 +286,25 @@ def test_the_card_has_recipe_coverage_data_stages_limits_papers_and_versions():
     assert "on cpu with stock transformers" in text
 
 
+def test_training_data_is_named_and_a_column_without_a_figure_left_out():
+    trained = {
+        "steps": ["card_test_grid"],
+        "driver": "training",
+        "seconds": 4.0,
+        "device": "cpu",
+        "data": "train.jsonl",
+    }
+    text = Card(record(calibration={}, stages=[trained])).render()
+    assert "## Calibration data" not in text
+    assert section(text, "Training data").strip() == "Trained on train.jsonl."
+    assert table(section(text, "How it was made")) == [["1", "card_test_grid", "training", "4.0", "cpu"]]
+    both = section(Card(record(stages=[trained])).render(), "Calibration data")
+    assert "sha256" in both
+    assert "Trained on train.jsonl." in both
+    del trained["data"]
+    assert "is not recorded" in section(Card(record(calibration={}, stages=[trained])).render(), "Training data")
+
+
 def test_no_path_of_the_machine_reaches_the_card():
     assert "/home/" not in Card(record()).render()
 
@@ -479,6 +498,26 @@ def test_a_card_neither_draws_nor_links_plots_with_nothing_to_tell(tmp_path):
 
 
 # -- the index --------------------------------------------------------------------------------------------------------
+
+
+def test_a_plot_against_bytes_needs_bytes_that_differ():
+    assert bytes_differ([Point(3881848, 2.2, "a"), Point(1100000, 2.2, "b")])
+    assert not bytes_differ([Point(3881848, 2.2, "a"), Point(3881900, 4.1, "b")])
+
+
+def test_the_index_lists_pages_of_techniques_and_refuses_a_list_of_another_shape(tmp_path):
+    record().write(folder(tmp_path / "one"))
+    entry = {"page": "moe/page.md", "title": "A page", "why": "it has no weights"}
+    (tmp_path / "pages.json").write_text(json.dumps({"card_test_grid": entry}))
+    assert "| `card_test_grid` | [A page](moe/page.md) | it has no weights |" in render_index(tmp_path)
+    (tmp_path / "pages.json").write_text(json.dumps({"card_test_grid": {"page": 3}}))
+    with pytest.raises(CheckpointError, match="needs a page, a title and why"):
+        render_index(tmp_path)
+
+
+def folder(path):
+    path.mkdir()
+    return path
 
 
 def test_the_index_is_a_table_and_a_plot_over_all_cards(tmp_path):

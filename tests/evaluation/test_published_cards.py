@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from hf_optim.evaluation.cards import plots
 from hf_optim.evaluation.cards.card import Card
-from hf_optim.evaluation.cards.index import render_index
+from hf_optim.evaluation.cards.index import PAGES, render_index
 from hf_optim.runs.record import FILE_NAME, Record
 
 CARDS = ROOT / "model_cards"
@@ -51,6 +51,7 @@ def test_the_published_index_and_page_are_what_the_records_give(tmp_path):
     for name in NAMES:
         (tmp_path / name).mkdir()
         shutil.copyfile(CARDS / name / FILE_NAME, tmp_path / name / FILE_NAME)
+    shutil.copyfile(CARDS / PAGES, tmp_path / PAGES)
     render_index(tmp_path)
     for page in ("README.md", "index.html"):
         assert (tmp_path / page).read_text(encoding="utf-8") == (CARDS / page).read_text(encoding="utf-8"), HINT

@@ -44,6 +44,7 @@ from hf_optim.toolkit.exits import (
     stored_settings,
     view,
 )
+from hf_optim.toolkit.exits.structure import find_structure
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 IDS = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -574,3 +575,10 @@ def test_a_view_leaves_the_model_as_it_is():
         assert model(input_ids=IDS).logits.shape[-1] == 64
     assert dict(model.named_modules()) == before
     assert changed.model.layers is model.model.layers
+
+
+def test_places_of_exits_are_found_in_a_model_without_weights():
+    whole = tiny_llama()
+    with torch.device("meta"):
+        empty = type(whole)(whole.config)
+    assert find_structure(empty) == find_structure(whole)

@@ -16,7 +16,7 @@ from ..reported import common_quality_metric, recipe_label, short_id
 from . import sections
 from .detached import run_detached
 from .front_matter import front_matter
-from .points import ORIGINAL, Point, is_drawable, layers_differ, models_differ
+from .points import ORIGINAL, Point, bytes_differ, is_drawable, layers_differ, models_differ
 from .result import Claim, Result
 from .sections import markdown_table
 
@@ -125,7 +125,7 @@ class Card:
             *(f"**{plain(title)}**\n\n{_image_link(path, alt)}" for title, path, alt in layers),
             sections.STEPS_IN_MEMORY if record.sections else "",
             *map(_step_section, record.sections),
-            "## Calibration data",
+            f"## {sections.data_title(record)}",
             sections.calibration(record),
             "## How it was made",
             sections.stages(record),
@@ -165,7 +165,7 @@ class Card:
                 Point(before["bytes_on_disk"], before[quality.key], ORIGINAL),
                 Point(after["bytes_on_disk"], after[quality.key], label),
             )
-            if models_differ(points, quality):
+            if bytes_differ(points) and models_differ(points, quality):
                 plots.plot_quality_against_bytes(*points, quality, home / path, sections.evaluation_label(self.record))
                 alt = f"{quality.label} against the bytes of the weights: the original and {label}"
                 drawn.append((sections.QUALITY_PLOT, path, alt))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...errors import CheckpointError
+from ...trust.bounds import shown
+from ...trust.documents import read_mapping
 from ...trust.text import Markdown, code, link_target, plain
 from ..reported import QUALITY_METRICS, ReportedMetric, format_bytes
 from .card import write_page
@@ -19,13 +22,15 @@ INTRODUCTION = (
     f"`hf-optim card` renders this page from those files, and [{PAGE}]({PAGE}): the same figures in a browser, to "
     "filter and to sort."
 )
+PAGES = "pages.json"
+PAGES_NOTE = "Measured on pages of their own, each with its record."
 PLOT_NOTE = "The numbers in the plot are those of the first column."
 
 
 def render_index(folder: Path | str) -> str:
     """Write ``README.md``, its plots and ``index.html`` into a folder of cards; return the text of the README.
 
-    Raises ``CheckpointError`` if no sub-folder has a record, or if one cannot be read.
+    Raises ``CheckpointError`` if no sub-folder has a record, or if one cannot be read; likewise for ``pages.json``.
     """
     folder = Path(folder)
     cards = read_cards(folder)
@@ -35,6 +40,7 @@ def render_index(folder: Path | str) -> str:
     if drawn:
         parts.append(PLOT_NOTE)
     parts += [f"![{metric.label} against the bytes of the weights, for each card]({name})" for metric, name in drawn]
+    parts += _pages(folder)
     text = "\n\n".join(parts) + "\n"
     write_page(folder / README, text)
     write_page(folder / PAGE, render_page(cards))
@@ -62,6 +68,22 @@ def _table(cards: Sequence[CardSummary]) -> str:
         )
     header = ("", "card", "base model", "recipe", "metric", "original", "result", "top-1 agreement", "KL (nats)")
     return markdown_table([*header, "original weights", "weights", "reload"], rows)
+
+
+def _pages(folder: Path) -> list[str]:
+    """Return the list of techniques that are measured on pages, if the folder has one.
+
+    ``pages.json`` is ``{technique: {"page", "record", "title", "why"}}`` with paths in the folder.
+    """
+    if not (folder / PAGES).exists():
+        return []
+    rows = []
+    for name, entry in sorted(read_mapping(folder / PAGES).items()):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("page", "title", "why")):
+            raise CheckpointError(f"{folder / PAGES}: {shown(name)} needs a page, a title and why, each a text")
+        link = Markdown(f"[{plain(entry['title'].strip('`'))}]({link_target(entry['page'])})")
+        rows.append([code(name), link, entry["why"]])
+    return ["## Techniques on pages", PAGES_NOTE, markdown_table(["technique", "page", "why no card"], rows)]
 
 
 def _draw(cards: Sequence[CardSummary], quality: ReportedMetric, folder: Path) -> str:

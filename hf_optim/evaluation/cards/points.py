@@ -47,6 +47,11 @@ def layers_differ(values: Iterable[float]) -> bool:
     return len({f"{value:.3g}" for value in values}) > 1
 
 
+def bytes_differ(points: Iterable[Point]) -> bool:
+    """Return True if two models differ in their bytes: otherwise a table says all that a plot of two would."""
+    return len({f"{point.bytes:.3g}" for point in points}) > 1
+
+
 def models_differ(points: Iterable[Point], quality: ReportedMetric) -> bool:
     """Return True if two models differ in the bytes or the quality that a plot of them shows."""
     return len({(f"{point.bytes:.3g}", quality.format(point.quality)) for point in points}) > 1

@@ -108,7 +108,7 @@ def _conditions(record: Record) -> str:
         where += f" (the original on {plain(other)})" if other and other != after["device"] else ""
         sentences.append(f"Original and checkpoint ran {where} with stock transformers, unless a column says otherwise")
     compared = [m.label for m in REPORTED_METRICS if m.in_memory and is_number(after.get(m.key))]
-    if compared:
+    if compared and not after.get("compared_reloaded"):
         sentences.append(
             f"Measured on the model in memory, before it was saved: {', '.join(compared)}; all other figures of this "
             "checkpoint were measured on its files, loaded again"
@@ -253,8 +253,9 @@ def step_metrics(record: Record) -> str:
 
 def calibration(record: Record) -> str:
     """Render which data the steps used, with its hash."""
+    trained = _training_data(record)
     if not record.calibration:
-        return "None: no step of this recipe uses data."
+        return trained or "None: no step of this recipe uses data."
     order = (
         "dataset",
         "split",
@@ -275,14 +276,30 @@ def calibration(record: Record) -> str:
         ]
         for key, v in found
     ]
-    return markdown_table(["", "value"], rows) + "\n\nThe hash covers the model inputs (token ids), in order."
+    hashed = "The hash covers the model inputs (token ids), in order."
+    return "\n\n".join(filter(None, (markdown_table(["", "value"], rows), hashed, trained)))
+
+
+def data_title(record: Record) -> str:
+    """Return the heading of ``calibration``: of a recipe that only trains, its training data."""
+    return "Training data" if not record.calibration and _training_data(record) else "Calibration data"
+
+
+def _training_data(record: Record) -> str:
+    """Return which data the stages that train read; an empty string if none trained, or on data of the caller's own."""
+    trained = [stage for stage in record.stages if stage.get("driver") == "training"]
+    names = dict.fromkeys(filter(None, (stage.get("data") for stage in trained)))
+    if trained and not names and not record.calibration:
+        return "No step was calibrated; on what the model was trained is not recorded."
+    return f"Trained on {plain(', '.join(names))}." if names else ""
 
 
 def stages(record: Record) -> str:
-    """Render the stages, with their seconds and peak memory."""
+    """Render the stages, with their seconds and peak memory; without the latter if no stage has it."""
     if not record.stages:
         return "No stage was recorded."
-    rows = []
+    header = ["stage", "steps", "driver", "seconds", "peak memory", "device"]
+    rows: list[list[Any]] = []
     for number, stage in enumerate(record.stages, 1):
         peak = stage.get("peak_memory_bytes")
         size = format_bytes(float(peak or 0)) if is_number(peak) else ""
@@ -297,7 +314,11 @@ def stages(record: Record) -> str:
                 stage.get("device") or "-",
             ]
         )
-    return markdown_table(["stage", "steps", "driver", "seconds", "peak memory", "device"], rows)
+    if not any(is_number(stage.get("peak_memory_bytes")) for stage in record.stages):
+        place = header.index("peak memory")
+        for row in (header, *rows):
+            del row[place]
+    return markdown_table(header, rows)
 
 
 def limits(result: Result) -> str:

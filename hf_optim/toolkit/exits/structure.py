@@ -97,8 +97,7 @@ def _packed_blocks(model: Any) -> list[Block]:
     members = [module for listed in lists.values() for module in listed.children()]
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in members]
     try:
-        with eval_mode(model):
-            model(**dummy_inputs(model), **no_cache(model))
+        _run_once(model)
     except Exception:  # the forward of any model; find_structure says what it raises
         return []
     finally:
@@ -113,6 +112,24 @@ def _packed_blocks(model: Any) -> list[Block]:
         ):
             found += [Block(f"{name}.{i}", module, name, i) for i, module in enumerate(listed.children())]
     return found
+
+
+def _run_once(model: Any) -> None:
+    """Run one forward on dummy inputs.
+
+    Without weights, transformers cannot look at positions for packed rows, which it does before a mask is made: a mask
+    of four dimensions, which it takes as it is, spares that.
+    """
+    inputs = dummy_inputs(model)
+    with eval_mode(model):
+        try:
+            model(**inputs, **no_cache(model))
+        except RuntimeError:
+            ids = inputs.get("input_ids")
+            if ids is None or not ids.is_meta or ids.dim() != 2:
+                raise
+            mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=model.dtype, device="meta")
+            model(**inputs, attention_mask=mask, **no_cache(model))
 
 
 def find_structure(model: Any) -> Structure:
@@ -143,8 +160,7 @@ def find_structure(model: Any) -> Structure:
         if name and not name.startswith(inside) and any(True for _ in module.parameters(recurse=False))
     ]
     try:
-        with eval_mode(model):
-            model(**dummy_inputs(model), **no_cache(model))
+        _run_once(model)
     except Exception as error:  # the forward of any model
         raise ModelError(
             f"the forward of {type(model).__name__} fails on dummy inputs ({first_line(error, typed=True)}), so its "
