@@ -13,6 +13,7 @@ from .quantizer import attach_quantizer, detach_quantizer
 from .schemes import activation_args, scheme, scheme_of, weight_args
 from .state import clear, dump_module_state, input_quantizer, load_module_state, quantized_modules, store
 from .storability import has_stacked_weights, storable
+from .zero_point_packing import pack_zero_points
 
 __all__ = [
     "activation_args",
@@ -23,6 +24,7 @@ __all__ = [
     "has_stacked_weights",
     "input_quantizer",
     "load_module_state",
+    "pack_zero_points",
     "quantized_modules",
     "scheme",
     "scheme_of",

@@ -32,7 +32,7 @@ from ..runs.run import Run, traits_of, traits_of_config
 from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
-from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
+from ..toolkit.checkpoint.stock_errors import explained, require_bounded, stock_errors
 from ..toolkit.checkpoint.stored_codes import require_known_format
 from ..toolkit.distributed.fsdp import has_sharded_parameters
 from ..toolkit.offloading import offload_plan
@@ -298,6 +298,8 @@ def _put_on_kernels(model: PreTrainedModel) -> None:
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load a checkpoint unchanged; run its compressed layers on kernels, and its experts with their capacity."""
     from ..compressed.packed.accelerate import accelerate
+    from ..compressed.packed.checkpoint_formats import require_divisible_inputs, unapplied_parts
+    from ..compressed.packed.packed_linear import KernelWarning
     from ..toolkit.experts import attach_experts, attach_stored_settings, detach_experts
     from ..toolkit.packing import attach_stored_packing
 
@@ -326,9 +328,13 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
         model, info = _load_placed(stock, source, args, config, files, kwargs, new_heads, packed)
     except UnsupportedCheckpoint as reason:
         log.debug("loaded by stock transformers, since %s", reason)
-        model, info = _load_placed(stock, source, args, config, files, kwargs, new_heads)
+        with explained(str(reason) if quantized else ""):
+            model, info = _load_placed(stock, source, args, config, files, kwargs, new_heads)
         require_runnable(model)
+        require_divisible_inputs(model)
         accelerate(model)
+    for sentence in unapplied_parts(model, config):
+        warnings.warn(sentence, KernelWarning, stacklevel=4)
     attach_stored_settings(model)
     (attach_experts if given_experts is None else detach_experts)(model)
     _attach_exits(model, source, kwargs)

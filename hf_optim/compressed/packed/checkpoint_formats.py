@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...errors import CheckpointError, ModelError
 from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, UnsupportedCheckpoint
 from ...trust.bounds import first_line
 from .describe import scheme_unsupported_reason
-from .layouts import AWQLayout, CompressedTensorsLayout, GPTQLayout, Layout
+from .layouts import CompressedTensorsLayout, Layout
+from .word_formats import CheckpointFormat, auto_round_format, awq_format, gptq_format
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-# (model, tensors of its checkpoint) -> the layout of each of its compressed linears, by name.
-CheckpointFormat = Callable[[nn.Module, SafetensorsHeaders], dict[str, Layout]]
-
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
+# The module with which compressed-tensors quantizes keys and values, where it knows the model's attention.
+APPLIES_SCALES = "QuantizedKVCache"
 # The keys of a compressed-tensors configuration that are read here, or do not affect the layers.
 KNOWN_KEYS = ("version", "quant_method", "config_groups", "format", "ignore", "quantization_status")
 
@@ -30,8 +31,9 @@ def parse_checkpoint_format(config: Mapping[str, Any]) -> CheckpointFormat:
     method = config.get("quant_method")
     parsers = {
         Method.COMPRESSED_TENSORS.value: _compressed_tensors,
-        Method.GPTQ.value: _gptq,
-        Method.AWQ.value: _awq,
+        Method.GPTQ.value: gptq_format,
+        Method.AWQ.value: awq_format,
+        Method.AUTOROUND.value: auto_round_format,
     }
     if not isinstance(method, str) or method not in parsers:
         raise UnsupportedCheckpoint(f"quant_method {method!r}")
@@ -48,12 +50,10 @@ def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
 
     if not config.get("config_groups"):
         raise UnsupportedCheckpoint("no config_groups")
-    for key, value in config.items():
-        # These do not concern linear layers only.
-        if value and key in ("kv_cache_scheme", "transform_config"):
-            raise UnsupportedCheckpoint(f"a {key}")
-        if key == "sparsity_config" and value and value.get("format", "dense") != "dense":
-            raise UnsupportedCheckpoint(f"a {key}")
+    _require_no_online_transforms(config.get("transform_config"))
+    sparsity = config.get("sparsity_config")
+    if sparsity and sparsity.get("format", "dense") != "dense":
+        raise UnsupportedCheckpoint(f"a sparsity_config with format {sparsity['format']!r}: save it uncompressed")
     if config.get("quantization_status") != "compressed":
         raise UnsupportedCheckpoint("its weights are not compressed")
     try:
@@ -65,6 +65,53 @@ def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
     layouts = {name: _layout(scheme, config.get("format")) for name, scheme in parsed.config_groups.items()}
     targets = {target: layouts[name] for name, scheme in parsed.config_groups.items() for target in scheme.targets}
     return lambda model, headers: _matched(model, headers, targets, parsed.ignore or [])
+
+
+def _require_no_online_transforms(config: Any) -> None:
+    """Raise ``CheckpointError`` for rotations of activations, which stock transformers would leave out in silence.
+
+    Those of weights (``weight_input``, ``weight_output``) are in the weights already.
+    """
+    for name, scheme in ((config or {}).get("config_groups") or {}).items():
+        places = {str(each.get("location")) for each in scheme.get("apply") or ()}
+        if online := sorted(place for place in places if not place.startswith("weight_")):
+            raise CheckpointError(
+                f"its transform_config rotates activations while the model runs ({name}: {', '.join(online)}), which "
+                "is not supported, and without it the weights compute something else: use a checkpoint whose rotations "
+                "are all folded into the weights"
+            )
+
+
+def unapplied_parts(model: nn.Module, config: Any) -> list[str]:
+    """Return what the checkpoint of a loaded model asks for and the model does not do, a sentence each.
+
+    ``config`` is the model's configuration as it was stored.
+    """
+    stored: Any = getattr(config, "quantization_config", None)
+    if not isinstance(stored, Mapping):
+        stored = stored.to_dict() if hasattr(stored, "to_dict") else {}
+    scheme = stored.get("kv_cache_scheme")
+    if not scheme or any(type(module).__name__ == APPLIES_SCALES for module in model.modules()):
+        return []
+    scheme = scheme if isinstance(scheme, Mapping) else scheme.model_dump()
+    kind = f"{'float' if scheme.get('type') == 'float' else 'int'}{scheme.get('num_bits')}"
+    return [
+        f"keys and values stay in full precision: the checkpoint's kv_cache_scheme ({kind}, scales in the file) is not "
+        "applied, so that its results are those of the weights alone, and its cache takes the memory of the model's "
+        "dtype. hf_optim.key_value_cache(model, hf_optim.KeyValueScheme(bits=8)) is a cache with scales of its own"
+    ]
+
+
+def require_divisible_inputs(model: nn.Module) -> None:
+    """Raise ``ModelError`` for a layer whose inputs are quantized in groups that they are not a multiple of."""
+    for name, module in model.named_modules():
+        inputs: Any = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+        size = getattr(inputs, "group_size", None)
+        if isinstance(module, nn.Linear) and inputs is not None and size and module.in_features % size:
+            raise ModelError(
+                f"the inputs of {name} are quantized in groups of {size}, and {module.in_features} columns are not a "
+                "multiple of that: neither hf_optim nor compressed-tensors runs it; quantize it per token"
+            )
 
 
 def _without_actorder(group: Any) -> Any:
@@ -99,7 +146,7 @@ def _matched(
     for name, module in match_named_modules(model, list(targets), ignore):
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
-        if type(module).forward is not nn.Linear.forward:
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
             raise UnsupportedCheckpoint(f"{name} is a {type(module).__name__}")
         layout = targets[match_targets(name, module, list(targets))[0]]
         entry = headers.find(f"{name}.{layout.key}")
@@ -108,44 +155,4 @@ def _matched(
         if entry is not None and layout.key == "weight" and entry.type in FLOAT_DTYPES:
             continue
         found[name] = layout
-    return found
-
-
-def _gptq(config: Mapping[str, Any]) -> CheckpointFormat:
-    bits, size = config.get("bits"), config.get("group_size", 128)
-    version_1 = str(config["quant_method"])  # the first version of the format has no suffix
-    version = config.get("checkpoint_format") or version_1
-    if bits not in (2, 3, 4, 8) or version not in (version_1, f"{version_1}_v2") or config.get("dynamic"):
-        raise UnsupportedCheckpoint(
-            f"GPTQ with bits {bits}, checkpoint_format {version!r}, dynamic {config.get('dynamic')}"
-        )
-    layout = GPTQLayout(bits, _group_size(size), zero_points_minus_one=version == version_1)
-    return lambda model, headers: _named(model, headers, layout)
-
-
-def _awq(config: Mapping[str, Any]) -> CheckpointFormat:
-    bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size", 128))
-    version = str(getattr(config.get("version"), "value", config.get("version") or "gemm")).lower()
-    if bits != 4 or version != "gemm":
-        raise UnsupportedCheckpoint(f"AWQ with bits {bits}, version {version!r}")
-    layout = AWQLayout(_group_size(size))
-    return lambda model, headers: _named(model, headers, layout)
-
-
-def _group_size(size: Any) -> int | None:
-    return None if size in (None, -1) else int(size)
-
-
-def _named(model: nn.Module, headers: SafetensorsHeaders, layout: Layout) -> dict[str, Layout]:
-    """Assign ``layout`` to the linears with a ``qweight`` in the checkpoint; the configuration does not list them."""
-    found: dict[str, Layout] = {}
-    for name, module in model.named_modules():
-        if headers.find(f"{name}.{layout.key}") is not None:
-            if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-                raise UnsupportedCheckpoint(f"{name} is a {type(module).__name__}")
-            found[name] = layout
-    if len(found) != headers.count(f".{layout.key}"):
-        raise UnsupportedCheckpoint(
-            f"{headers.count(f'.{layout.key}') - len(found)} of its layers do not exist in the model"
-        )
     return found

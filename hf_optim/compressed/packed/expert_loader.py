@@ -7,7 +7,8 @@ treats them like any others. Afterwards their codes are packed, one expert at a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from .kernel import Kernel
 
 EXPOSED = "_hf_optim_exposed"
+# The matrix of an expert in the key of a checkpoint, and the names that most architectures have for it.
+EXPERT_LEAF = re.compile(r"\.experts\.\d+\.(\w+)\.")
+USUAL_NAMES = {"up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 # Local names that mark a layer whose weight is compressed, under any layout.
 CODES = ("weight_packed", "weight_scale", "qweight")
 
@@ -146,6 +150,28 @@ def without_experts(conversions: list[Any]) -> list[Any]:
         return isinstance(each, WeightConverter) and any("experts" in source for source in sources)
 
     return [each for each in conversions if not stacks(each)]
+
+
+def expert_renamings(model: nn.Module, keys: Iterable[str]) -> list[Any]:
+    """Return transformers' renamings for a checkpoint that calls the matrices of experts otherwise than the model does.
+
+    AutoRound writes ``gate_proj``, ``up_proj`` and ``down_proj`` for every architecture, also where its own checkpoints
+    have other names (Mixtral: ``w1``, ``w3``, ``w2``). ``keys`` are those of the checkpoint.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    stored = {found.group(1) for found in map(EXPERT_LEAF.search, keys) if found}
+    own: dict[str, str] = {}  # the usual name of a matrix -> the model's
+    for module in exposed_experts(model).values():
+        for key, layers in vars(module)[EXPOSED].layers.items():
+            leaves = [name.rpartition(".")[2] for name in layers[0]]
+            usual = USUAL_NAMES[SIDES[key]][-len(leaves) :]
+            own.update(zip(usual, leaves, strict=False))
+    if not own.keys() <= stored or stored & set(own.values()):
+        return []
+    return [
+        WeightRenaming(rf"\.experts\.(\d+)\.{usual}\.", rf".experts.\1.{leaf}.") for usual, leaf in sorted(own.items())
+    ]
 
 
 class LayerReader:

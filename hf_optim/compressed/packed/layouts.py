@@ -4,13 +4,14 @@
   ``weight_scale``; zero points of packed layers packed along ``out``; ``weight_g_idx`` of act-order.
 - GPTQ (2210.17323, as AutoGPTQ stores it): ``qweight`` int32 ``[in * bits / 32, out]``, packed along ``in``; ``qzeros``
   int32 ``[groups, out * bits / 32]``, each zero point minus one (without the offset in ``gptq_v2``);
-  ``scales`` ``[groups, out]``; ``g_idx`` int32 ``[in]``, the group of each column.
+  ``scales`` ``[groups, out]``; ``g_idx`` int32 ``[in]``, the group of each column. The last group may be smaller.
 - AWQ (2306.00978, AutoAWQ's "gemm" version): ``qweight`` int32 ``[in, out / 8]``, packed along ``out``, the columns of
   a word in the order 0, 2, 4, 6, 1, 3, 5, 7; ``qzeros`` ``[groups, out / 8]`` alike; ``scales`` ``[groups, out]``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
 I32, I8, F8 = ("I32",), ("I8",), ("F8_E4M3",)
+Offset = Literal["none", "codes", "words"]
 # The position in an AWQ word of each of its eight columns.
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -41,8 +43,12 @@ class TensorSpec:
     optional: bool = False
 
     def matches(self, entry: TensorInfo) -> bool:
-        """Return True if a tensor of a checkpoint has an allowed dtype and shape. ``[1]`` may be stored as ``[]``."""
-        return entry.type in self.types and entry.shape in (self.shape, () if self.shape == (1,) else self.shape)
+        """Return True if a tensor of a checkpoint has an allowed dtype and shape.
+
+        ``[1]`` may be stored as ``[]``, and ``[out, 1]`` as ``[out]``.
+        """
+        shorter = self.shape[:-1] if self.shape[-1:] == (1,) else self.shape
+        return entry.type in self.types and entry.shape in (self.shape, shorter)
 
 
 def empty_meta_tensor(entry: TensorInfo, dtype: torch.dtype) -> Tensor:
@@ -153,17 +159,19 @@ class GPTQLayout:
 
     Attributes:
         group_size: None for one group with all columns.
-        zero_points_minus_one: see ``qzeros`` in the module docstring.
+        offset: how ``qzeros`` differ from the zero points: ``"none"``, by one in each code (``"codes"``, modulo
+            2^bits), or by one in each code of a word (``"words"``), subtracted from the word as a whole: a zero point
+            of 0 then borrows from the next code. That is what GPTQModel does with 2, 4 and 8 bits.
     """
 
     bits: int
     group_size: int | None
-    zero_points_minus_one: bool
+    offset: Offset
     key: str = "qweight"
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
-        groups = _groups(columns, self.group_size or columns)
+        groups = _group_count(columns, self.group_size)
         for name, count in (("input", columns), ("output", rows)):
             if count * self.bits % 32:
                 raise ValueError(f"{count} {name} channels of {self.bits} bits do not fill 32-bit words")
@@ -176,12 +184,15 @@ class GPTQLayout:
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Codes, QuantizationScheme]:
         rows, columns = shape
-        size = self.group_size or columns
         codes = unpack(tensors["qweight"].T, self.bits, columns)
-        zero = unpack(tensors["qzeros"], self.bits, rows)
-        if self.zero_points_minus_one:
+        stored = tensors["qzeros"]
+        if self.offset == "words" and 32 % self.bits == 0:
+            ones = sum(1 << place for place in range(0, 32, self.bits))
+            stored = stored + ones
+        zero = unpack(stored, self.bits, rows)
+        if self.offset == "codes" or (self.offset == "words" and 32 % self.bits):
             zero = (zero + 1) & ((1 << self.bits) - 1)
-        order = column_order(tensors["g_idx"], size) if "g_idx" in tensors and self.group_size else None
+        order = column_order(tensors["g_idx"], self.group_size) if "g_idx" in tensors and self.group_size else None
         if order is not None:
             codes = codes[:, order]
         return _with_scheme(codes, tensors["scales"], zero, order, self.bits, self.group_size)
@@ -197,7 +208,7 @@ class AWQLayout:
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
-        groups = _groups(columns, self.group_size or columns)
+        groups = _group_count(columns, self.group_size)
         if rows % 8:
             raise ValueError(f"{rows} output channels of 4 bits do not fill 32-bit words")
         return {
@@ -218,11 +229,26 @@ class AWQLayout:
 def _with_scheme(
     codes: Tensor, scales: Tensor, zero: Tensor, order: Tensor | None, bits: int, group_size: int | None
 ) -> tuple[Codes, QuantizationScheme]:
-    """Return ``Codes`` from ``scales`` and ``zero`` as ``[groups, out]``, and a scheme for them."""
+    """Return ``Codes`` from ``scales`` and ``zero`` as ``[groups, out]``, and a scheme for them.
+
+    If the last group has fewer columns than the others, all are divided into groups of equal size.
+    """
     symmetric = bool((zero == 2 ** (bits - 1)).all())
+    columns = codes.shape[1]
+    if group_size and columns % group_size:
+        equal = math.gcd(columns, group_size)
+        of = torch.arange(0, columns, equal, device=scales.device) // group_size
+        scales, zero, group_size = scales[of], zero[of], equal
     found = Codes(codes, scales.T.contiguous(), None if symmetric else zero.T.contiguous(), order)
-    strategy: Literal["group", "channel"] = "group" if group_size else "channel"
+    strategy: Literal["group", "channel"] = "group" if group_size and group_size < columns else "channel"
     return found, make_scheme(bits, "int", strategy, group_size, symmetric)
+
+
+def _group_count(columns: int, size: int | None) -> int:
+    """Return the number of groups, of which the last may have fewer columns."""
+    if size is not None and size < 1:
+        raise ValueError(f"its group size is {size}")
+    return 1 if size is None else -(-columns // size)
 
 
 def _groups(columns: int, size: int) -> int:

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...toolkit.checkpoint.key_names import model_names
-from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
-from ...toolkit.checkpoint.stored_codes import CODE_NAMES
+from ...toolkit.checkpoint.safetensors import SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
 from ..codes import is_sparse24, store_arguments
 from ..experts import stack_again
 from ..outlier_columns import outlier_thresholds
@@ -28,45 +26,24 @@ from ..weights import Codes
 from .accelerate import kernels_for, pack_layers
 from .checkpoint_formats import parse_checkpoint_format
 from .describe import describe_weight
-from .expert_loader import convert_experts, expose_experts, exposed_experts, require_compressed, without_experts
+from .expert_loader import (
+    convert_experts,
+    expert_renamings,
+    expose_experts,
+    exposed_experts,
+    require_compressed,
+    without_experts,
+)
 from .kernel import NO_KERNEL, Kernel
 from .layouts import Layout, empty_meta_tensor
+from .placeholders import PlaceholderEmbedding, PlaceholderLinear, linear_names, shape_of
 from .rank_part import LOADING
 from .swap import g_idx_of, pack, prepack, writes_weights
 
+ROWS = "an embedding is read row by row"
 METHOD = "hf_optim_packed"
 PENDING = "_hf_optim_pending"
 STRICT = "_keep_in_fp32_modules_strict"
-
-
-class PlaceholderLinear(nn.Linear):
-    """A linear layer while its compressed tensors are loaded."""
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """A tensor without data, marked as initialized, for classes that initialize weights before loading them."""
-        found = self._parameters.get("weight")
-        if found is None:
-            found = nn.Parameter(torch.empty(self.out_features, self.in_features, device="meta"), requires_grad=False)
-            found._is_hf_initialized = True  # type: ignore[attr-defined]
-        return found
-
-
-# The local names of the tensors of a compressed linear.
-LOCAL_NAMES = (
-    "weight",
-    "weight_packed",
-    "weight_shape",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_g_idx",
-    "input_scale",
-    "input_zero_point",
-    "qweight",
-    "qzeros",
-    "scales",
-    "g_idx",
-)
 
 
 def with_packed_quantizer(config: Any, key_mapping: Mapping[str, str] | None = None, deferred: bool = False) -> Any:
@@ -125,6 +102,7 @@ def _register() -> None:
         requires_calibration = True
         is_trainable = True
         exposes = False  # experts have a layer for each matrix while they are loaded
+        renamings: tuple[Any, ...] = ()  # of these layers
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return True
@@ -140,7 +118,11 @@ def _register() -> None:
             self.exposes = bool(exposed_experts(model))
             if self.exposes and config.deferred:
                 raise UnsupportedCheckpoint("its experts are packed all at once")
-            names = functools.partial(linear_names, model, config.key_mapping)
+
+            def names(entries: Mapping[str, TensorInfo]) -> dict[str, str]:
+                self.renamings = tuple(expert_renamings(model, entries))
+                return linear_names(model, config.key_mapping, entries, self.renamings)
+
             headers = part.headers_of(names) if part is not None else SafetensorsHeaders(checkpoint_files, names)
             layouts = parse_checkpoint_format(config.stored)(model, headers)
             if part is not None:
@@ -150,7 +132,7 @@ def _register() -> None:
 
         def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
             found = without_experts(weight_conversions) if self.exposes else weight_conversions
-            return super().update_weight_conversions(found, *args)
+            return super().update_weight_conversions([*self.renamings, *found], *args)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from ..quantizer import attach_quantizer, detach_quantizer
@@ -172,31 +154,11 @@ def _register() -> None:
             return model
 
 
-def linear_names(model: Any, key_mapping: Mapping[str, str], entries: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Return the parameter names of the keys of a compressed checkpoint, as transformers renames them while loading.
-
-    Raises ``UnsupportedCheckpoint`` if transformers converts a compressed tensor, such as a fused projection that it
-    splits.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = {*model.state_dict(), *(f"{name}.{own}" for name in linears for own in LOCAL_NAMES)}
-    conversions = get_model_conversion_mapping(model, dict(key_mapping) or None)
-    conversions = without_experts(conversions) if exposed_experts(model) else conversions
-    found = model_names(entries, conversions, model.base_model_prefix, names)
-    for key, (_, pattern) in found.items():
-        if pattern is not None and (key.rpartition(".")[2] in CODE_NAMES or entries[key].type not in FLOAT_DTYPES):
-            raise UnsupportedCheckpoint(f"transformers converts {key} while it loads it")
-    # A conversion makes its parameters of several tensors, so that none of them is the parameter.
-    return {key: name for key, (name, pattern) in found.items() if pattern is None}
-
-
 class _Pending(NamedTuple):
     """The data from which a ``PlaceholderLinear`` is converted once its tensors are loaded."""
 
     layout: Layout
-    former: type[nn.Linear]
+    former: type[nn.Module]
     dtype: torch.dtype
     keys: tuple[str, ...]
 
@@ -211,12 +173,18 @@ def prepare(model: nn.Module, layouts: Mapping[str, Layout], headers: Safetensor
         raise UnsupportedCheckpoint("its forward writes to its weights")
     for name, layout in layouts.items():
         module: Any = model.get_submodule(name)
-        found = _stored_tensors(name, (module.out_features, module.in_features), layout, headers)
+        if isinstance(module, nn.Embedding) and _ties(model):
+            raise UnsupportedCheckpoint(f"{name} is quantized, and the head is tied to it")
+        found = _stored_tensors(name, shape_of(module), layout, headers)
         dtype = module._parameters.pop("weight").dtype
         module.__dict__[PENDING] = _Pending(layout, type(module), dtype, tuple(found))
-        module.__class__ = PlaceholderLinear
+        module.__class__ = PlaceholderEmbedding if isinstance(module, nn.Embedding) else PlaceholderLinear
         for key, entry in found.items():
             module._parameters[key] = nn.Parameter(empty_meta_tensor(entry, dtype), requires_grad=False)
+
+
+def _ties(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False))
 
 
 def _stored_tensors(
@@ -264,7 +232,6 @@ def convert(
         if block in experts:
             experts[block][name.removeprefix(f"{block}.")] = layout, tensors
             continue
-        assert isinstance(module, nn.Linear)
         reasons[name] = _convert_layer(name, module, layout, tensors, dtype, kernels, thresholds.get(name))
     del placeholders
     for name, layers in experts.items():
@@ -295,7 +262,7 @@ def _loaded(name: str, module: nn.Module, wide: Collection[str]) -> tuple[Layout
 @torch.no_grad()
 def _convert_layer(
     name: str,
-    module: nn.Linear,
+    module: Any,
     layout: Layout,
     tensors: dict[str, Tensor],
     dtype: torch.dtype,
@@ -305,7 +272,7 @@ def _convert_layer(
     """Pack or decode one layer; return the reason why it is on no kernel. ``tensors`` is emptied to free memory."""
     from ..state import attach_scheme, store
 
-    shape = (module.out_features, module.in_features)
+    shape = shape_of(module)
     try:
         found, scheme = layout.read(tensors, shape)
     except ValueError as error:
@@ -316,13 +283,13 @@ def _convert_layer(
         shape,
         scheme,
         _scale_of(found),
-        module.bias,
+        getattr(module, "bias", None),
         lambda: found,
         ordered=found.order is not None,
         sparse24=any(kernel.sparse24 for kernel in kernels) and _is_sparse24(found, scheme.weights.num_bits),
         outliers=outliers,
     )
-    prepacked = prepack(weight, kernels)
+    prepacked = prepack(weight, kernels) if isinstance(module, nn.Linear) else ROWS
     if not isinstance(prepacked, str):
         attach_scheme(module, scheme, found.input_scale, found.input_zero)
         pack(module, weight, *prepacked)

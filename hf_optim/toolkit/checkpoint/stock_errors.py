@@ -38,6 +38,17 @@ def stock_errors(source: Any, doing: str = "cannot load") -> Iterator[None]:
         raise stock_error(error, source, doing) from error
 
 
+@contextmanager
+def explained(reason: str) -> Iterator[None]:
+    """Add to an ``OptimError`` of the body why hf_optim did not read the checkpoint by itself; ``""`` adds nothing."""
+    try:
+        yield
+    except OptimError as error:
+        if not reason:
+            raise
+        raise type(error)(f"{error}. hf_optim does not read this checkpoint by itself: {reason}") from error
+
+
 def stock_error(error: BaseException, source: Any, doing: str = "cannot load") -> OptimError:
     """Return the ``CheckpointError`` or ``ModelError`` for an error of transformers."""
     if needs_code(error):

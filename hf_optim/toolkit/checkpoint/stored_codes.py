@@ -50,7 +50,8 @@ def require_known_format(config: Any, where: str) -> str | None:
         )
     if method == "compressed-tensors":
         groups = stored.get("config_groups")
-        if not (isinstance(groups, Mapping) and groups) and not stored.get("sparsity_config"):
+        others = stored.get("sparsity_config") or stored.get("kv_cache_scheme")
+        if not (isinstance(groups, Mapping) and groups) and not others:
             raise CheckpointError(
                 f"{where}: the quantization_config of config.json has no config_groups, so that no layer would be "
                 "decoded; restore the file that belongs to these weights"
@@ -83,7 +84,7 @@ def _known_methods() -> set[str]:
 def require_whole_codes(entries: Mapping[str, TensorInfo], method: str | None, where: str) -> None:
     """Raise ``CheckpointError`` for codes or scales of a wrong dtype, and for a GPTQ or AWQ layer that lacks tensors.
 
-    Checked for compressed-tensors, GPTQ and AWQ; ``method`` is the ``quant_method``.
+    Checked for compressed-tensors, GPTQ, AWQ and AutoRound; ``method`` is the ``quant_method``.
     """
     layers: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for key, entry in entries.items():
@@ -91,7 +92,8 @@ def require_whole_codes(entries: Mapping[str, TensorInfo], method: str | None, w
         layers[layer][leaf] = entry
     from transformers.utils.quantization_config import QuantizationMethod as Method
 
-    checks = {Method.COMPRESSED_TENSORS.value: _compressed_tensors, Method.GPTQ.value: _words, Method.AWQ.value: _words}
+    words = dict.fromkeys((Method.GPTQ.value, Method.AWQ.value, Method.AUTOROUND.value), _words)
+    checks = {Method.COMPRESSED_TENSORS.value: _compressed_tensors, **words}
     check = checks.get(method or "")
     if check is None:
         return
