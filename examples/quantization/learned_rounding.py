@@ -1,11 +1,12 @@
-"""Perplexity of quantizers that round to 4 and 3 bits, over draws of calibration data.
+"""Perplexity of quantizers that round to 4, 3 and 2 bits, over draws of calibration data.
 
     python examples/quantization/learned_rounding.py --model ../shared/models/babyllama-1m \\
         --data ../shared/data/tinystories --output model_cards/quantization/learned_rounding.json
 
 Each draw takes ``--windows`` windows of 256 tokens of calibration.jsonl at random. Perplexity is that of all windows of
-eval.jsonl. Symmetric codes, 32 inputs share a scale, all linear layers of the blocks, float32. Seconds are those of the
-method alone, on one thread. Results of other models and methods in the file are kept.
+eval.jsonl. Symmetric codes (2 bits: with zero points), 32 inputs share a scale, all linear layers of the blocks,
+float32. Seconds are the processor's, of the method alone, on one thread. Results of other models and methods in the
+file are kept, with ``--resume`` the first draws of these, too.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import hf_optim
 from hf_optim.evaluation.evaluate import perplexity
 
 LENGTH, GROUP = 256, 32
-METHODS = ("rtn", "gptq", "awq", "signround", "signround mse")
+METHODS = ("rtn", "gptq", "awq", "signround", "signround mse", "best")
 
 
-def steps_of(method: str, bits: int) -> list[dict[str, Any]]:
-    """Return the steps of a method."""
-    grid = {"bits": bits, "group_size": GROUP}
+def recipe_of(method: str, bits: int) -> str | list[dict[str, Any]]:
+    """Return the recipe of a method: its steps, or the name of the shipped one for ``"best"``. 2 bits: zero points."""
+    if method == "best":
+        return f"w{bits}a16-best"
+    grid = {"bits": bits, "group_size": GROUP, "symmetric": bits > 2}
     return {
         "rtn": [{"technique": "rtn", **grid, "observer": "mse"}],
         "gptq": [{"technique": "gptq", **grid, "observer": "mse"}],
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--windows", type=int, default=256, help="of calibration (256)")
     parser.add_argument("--draws", type=int, default=3, help="of calibration data (3)")
+    parser.add_argument("--resume", action="store_true", help="keep the draws of the file that had as many windows")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     given = parser.parse_args()
@@ -73,18 +77,20 @@ def main() -> None:
     own["dense"] = round(perplexity(dense, held_out)["perplexity"], 4)
     for bits in given.bits:
         for method in given.methods:
-            draws = 1 if method == "rtn" else given.draws
-            found, seconds = [], []
-            for seed in range(draws):
-                model, start = copy.deepcopy(dense), time.perf_counter()
+            rows = own.setdefault(f"{bits} bits", {})
+            row = rows.get(method, {}) if given.resume else {}
+            found = row.get("draws", []) if row.get("windows") == given.windows else []
+            seconds = [row["seconds"]] if found else []
+            for seed in range(len(found), 1 if method == "rtn" else given.draws):
+                model, start = copy.deepcopy(dense), time.process_time()
                 data = draw(calibration, given.windows, seed)
-                model = hf_optim.optimize(model, steps_of(method, bits), calibration=data)
-                seconds.append(time.perf_counter() - start)
+                model = hf_optim.optimize(model, recipe_of(method, bits), calibration=data)
+                seconds.append(round(time.process_time() - start, 1))
                 found.append(round(perplexity(model, held_out)["perplexity"], 4))
-            row = {"draws": found, "mean": round(sum(found) / len(found), 4), "seconds": round(min(seconds), 1)}
-            own.setdefault(f"{bits} bits", {})[method] = {**row, "windows": given.windows}
-            print(given.model.name, bits, method, row, flush=True)
-            given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                row = {"draws": found, "mean": round(sum(found) / len(found), 4), "seconds": min(seconds)}
+                rows[method] = {**row, "windows": given.windows}
+                print(given.model.name, bits, method, row, flush=True)
+                given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

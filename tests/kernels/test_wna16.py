@@ -31,7 +31,7 @@ def random_case(rows, out, columns, group, width, *, zero, dtype, device="cpu", 
     g = torch.Generator().manual_seed(seed)
     groups = -(-columns // group)
     codes = torch.randint(0, 2**width, (out, columns), generator=g)
-    scale = torch.rand(groups, out, generator=g) * 0.1 + 0.01
+    scale = signed(torch.rand(groups, out, generator=g) * 0.1 + 0.01, zero, g)
     zeros = torch.randint(0, 2**width, (groups, out), generator=g) if zero else None
     bias = torch.randn(out, generator=g).to(dtype)
     x = torch.randn(rows, columns, generator=g).to(dtype)
@@ -44,6 +44,11 @@ def random_case(rows, out, columns, group, width, *, zero, dtype, device="cpu", 
     return (x.to(device), packed, scale.to(device), zeros, bias.to(device), semaphores, width, group), reference.to(
         device
     )
+
+
+def signed(scale, zero, generator):
+    """Scales of symmetric grids may be negative; those beside zero points are not."""
+    return scale if zero else scale * (torch.randint(0, 2, scale.shape, generator=generator) * 2 - 1)
 
 
 def spread(values, group, columns):
@@ -228,7 +233,7 @@ def found_codes(out, columns, group, bits, *, zero=False, order=None, dtype=torc
     groups = columns // group
     return SimpleNamespace(
         codes=torch.randint(0, 2**bits, (out, columns), generator=g, dtype=torch.uint8).to(device),
-        scale=(torch.rand(out, groups, generator=g) + 0.1).to(dtype).to(device),
+        scale=signed(torch.rand(out, groups, generator=g) + 0.1, zero, g).to(dtype).to(device),
         zero=torch.randint(0, 2**bits, (out, groups), generator=g, dtype=torch.uint8).to(device) if zero else None,
         order=None if order is None else order.to(device),
         input_scale=None,

@@ -34,9 +34,10 @@ def random_weight(out, columns, group=0, bits=4, zero=False, *, dtype=torch.bflo
     g = torch.Generator().manual_seed(seed)
     group = group or columns
     groups = columns // group
+    sign = 1 if zero else torch.randint(0, 2, (out, groups), generator=g) * 2 - 1  # symmetric grids may have both
     found = SimpleNamespace(
         codes=torch.randint(0, 2**bits, (out, columns), generator=g).to(torch.uint8),
-        scale=torch.rand(out, groups, generator=g).add(0.5).to(dtype),
+        scale=(torch.rand(out, groups, generator=g).add(0.5) * sign).to(dtype),
         zero=torch.randint(0, 2**bits, (out, groups), generator=g).to(torch.uint8) if zero else None,
         order=None,
         input_scale=None,

@@ -53,6 +53,43 @@ def test_error_is_at_most_half_a_scale(spec):
     assert bool((error <= step / 2 + rounding).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", [spec for spec in INTEGERS if spec.symmetric], ids=str)
+def test_a_signed_scale_puts_the_largest_value_on_the_lowest_code(spec, dtype):
+    weight = weights().to(dtype)
+    grid = make_grid(weight, spec, signed=True)
+    parts = group_by_scale(weight.float(), spec)
+    scale, codes = grid.scale.reshape(*parts.shape[:-1], 1), group_by_scale(grid.quantize(weight).float(), spec)
+    low, high = (end.unsqueeze(-1) for end in torch.aminmax(parts, dim=-1))
+    largest = torch.where(high > -low, high, low)
+    rounding, some = torch.finfo(dtype).eps * 2, largest != 0  # a row of zeros has any scale
+    torch.testing.assert_close(-(2.0 ** (spec.bits - 1)) * scale[some], largest[some], rtol=rounding, atol=0)
+    assert bool((codes[(parts == largest) & (parts != 0)] == spec.low).all())
+    assert torch.equal(scale < 0, high > -low)
+    assert torch.equal(grid.scale, grid.scale.to(dtype).float())
+    # The grid's far end is one scale beyond the largest code: only values of the other sign between them are clipped.
+    clipped = (parts / scale > spec.high + 0.5) & (codes == spec.high)
+    error = (grid.nearest(weight) - weight.float()).abs()
+    inside = ~clipped.reshape(weight.shape)
+    widest = scale.abs().expand(parts.shape).reshape(weight.shape)
+    assert bool((error <= widest * (0.5 + rounding * 2**spec.bits))[inside].all())
+    args = compressed.scheme_of(spec).weights
+    assert torch.equal(grid.nearest(weight), fake_quantize(weight.float(), grid.scale, None, args))
+
+
+def test_a_search_among_signed_scales_is_no_worse_than_either_sign():
+    weight = weights()
+    for bits in (2, 3, 4):
+        spec = GridSpec(bits, "int", "group", 16)
+        errors = [
+            group_by_scale(grid.nearest(weight) - weight, spec).square().sum(-1)
+            for grid in (make_grid(weight, spec, "mse", signed=True), make_grid(weight, spec, "mse"))
+        ]
+        mirrored = group_by_scale(make_grid(-weight, spec, "mse").nearest(-weight) + weight, spec).square().sum(-1)
+        assert torch.equal(errors[0], torch.minimum(errors[1], mirrored))
+        assert float(errors[0].sum()) < 0.97 * float(errors[1].sum())
+
+
 @pytest.mark.parametrize("spec", INTEGERS + FLOATS, ids=str)
 def test_values_are_on_the_grid_which_includes_zero(spec):
     weight = weights()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_optim.toolkit.quantization import GridSpec, LearnedRounding, SignedDescent, make_grid
+from hf_optim.toolkit.quantization import GridSpec, LearnedRounding, ProjectedAdam, SignedDescent, make_grid
 
 SPECS = [
     GridSpec(2, strategy="group", group_size=8, symmetric=False),
@@ -21,21 +21,21 @@ def matrix(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
-@pytest.mark.parametrize("spec", SPECS)
-def test_it_starts_at_rounding_to_nearest(spec, observer, dtype):
+@pytest.mark.parametrize(("spec", "signed"), [*((spec, False) for spec in SPECS), (SPECS[1], True), (SPECS[3], True)])
+def test_it_starts_at_rounding_to_nearest(spec, signed, observer, dtype):
     weight = matrix(dtype)
-    rounding = LearnedRounding(weight, spec, observer)
+    rounding = LearnedRounding(weight, spec, observer, signed=signed)
     codes, grid = rounding.quantize()
-    expected = make_grid(weight, spec, observer)
+    expected = make_grid(weight, spec, observer, signed=signed)
     torch.testing.assert_close(grid.scale, expected.scale, rtol=2e-3 if dtype.itemsize == 2 else 1e-6, atol=0)
     differ = (codes != expected.quantize(weight)).float().mean()
     assert differ <= (0.02 if dtype.itemsize == 2 or observer == "mse" else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spec", SPECS)
-def test_what_the_forward_computes_is_what_is_stored(spec, dtype):
-    rounding = LearnedRounding(matrix(dtype), spec)
+@pytest.mark.parametrize(("spec", "signed"), [*((spec, False) for spec in SPECS), (SPECS[1], True)])
+def test_what_the_forward_computes_is_what_is_stored(spec, signed, dtype):
+    rounding = LearnedRounding(matrix(dtype), spec, signed=signed)
     with torch.no_grad():
         rounding.offset.uniform_(-0.5, 0.5)
         for share in rounding.shares:
@@ -47,10 +47,11 @@ def test_what_the_forward_computes_is_what_is_stored(spec, dtype):
     assert int(codes.max()) <= grid.spec.high
 
 
-def test_gradients_are_those_of_the_formula():
+@pytest.mark.parametrize("signed", [False, True])
+def test_gradients_are_those_of_the_formula(signed):
     spec = GridSpec(3, strategy="group", group_size=8)
     weight = matrix(torch.float64)
-    rounding = LearnedRounding(weight, spec)
+    rounding = LearnedRounding(weight, spec, signed=signed)
     with torch.no_grad():
         rounding.offset.uniform_(-0.5, 0.5)
         rounding.shares[0].fill_(0.6)
@@ -58,6 +59,10 @@ def test_gradients_are_those_of_the_formula():
     offset, share = torch.autograd.grad((rounding.fake_weight() * upstream).sum(), rounding.parameters())
     parts, v, g = (t.detach().view(6, 4, 8) for t in (weight, rounding.offset, upstream))
     full = parts.abs().amax(-1, keepdim=True) * 2 / 7
+    if signed:  # the value that is largest in magnitude on the code -4
+        full = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)) / -4
+        assert bool((full < 0).any())
+        assert bool((full > 0).any())
     scale = full * 0.6
     raw = (parts / scale + v).round()
     inside = (raw >= -4) & (raw <= 3)
@@ -81,11 +86,31 @@ def test_shares_of_both_ends_have_gradients_and_bounds():
     assert float(rounding.shares[1].detach().max()) == 1.0
 
 
+def test_offsets_move_as_far_as_they_may():
+    for largest, found in ((0.5, 0.5), (2.0, 2.0), (None, 3.0)):
+        rounding = LearnedRounding(matrix(), SPECS[1], largest_offset=largest)
+        rounding.offset.data.fill_(3.0)
+        rounding.project()
+        assert float(rounding.offset.detach().max()) == found
+
+
 def test_a_range_that_is_not_learned_stays():
     weight, spec = matrix(), GridSpec(4, strategy="group", group_size=8)
     rounding = LearnedRounding(weight, spec, "mse", learn_range=False)
     assert len(rounding.parameters()) == 1
     assert torch.equal(rounding.grid().scale, make_grid(weight, spec, "mse").scale)
+
+
+def test_projected_adam_is_adam_within_bounds():
+    free, bound = (torch.tensor([0.3, -0.2], requires_grad=True) for _ in range(2))
+    plain = torch.optim.Adam([free], lr=0.2, betas=(0.9, 0.99))
+    projected = ProjectedAdam([bound], 0.2, (0.9, 0.99), lambda: bound.data.clamp_(-0.25, 0.25))
+    assert bound.tolist() == pytest.approx([0.3, -0.2])
+    for parameter, optimizer in ((free, plain), (bound, projected)):
+        parameter.grad = torch.tensor([-4.0, 0.01])
+        optimizer.step()
+    assert free.tolist() == pytest.approx([0.5, -0.4], abs=1e-4)
+    assert bound.tolist() == [0.25, -0.25]
 
 
 def test_signed_descent_moves_by_the_rate_and_projects():

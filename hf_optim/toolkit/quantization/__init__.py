@@ -11,7 +11,7 @@ from .least_squares import output_error, reconstruct_weights
 from .obq_recursion import quantize_greedily
 from .ranges import ASYMMETRIC_INT8, ChannelMinMax, even_groups, group_qparams, optimal_groups, quantize_dequantize
 from .scales import storable_scale
-from .signed_descent import SignedDescent
+from .signed_descent import ProjectedAdam, SignedDescent
 
 __all__ = [
     "ASYMMETRIC_INT8",
@@ -22,6 +22,7 @@ __all__ = [
     "GridSpec",
     "KeyValueScheme",
     "LearnedRounding",
+    "ProjectedAdam",
     "SignedDescent",
     "activation_rounding",
     "adjusted_groups",

@@ -139,6 +139,7 @@ def reconstruct_block(
     masks: Mapping[int, Tensor],
     label: str,
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    evaluate_every: int = 1,
 ) -> tuple[float, float]:
     """Train ``parameters`` until ``block`` reproduces the outputs of ``examples``; keep the best state seen.
 
@@ -153,6 +154,8 @@ def reconstruct_block(
         masks: ``id`` of one of ``parameters`` -> bool mask of its shape; values where it is False do not change.
         label: start of the message of the ``NumericalError`` that is raised if the loss is not finite.
         optimizer: makes the optimizer of the tensors that it is given; None for Adam. The rates of its groups decay.
+        evaluate_every: epochs, at least, between computations of the loss over all examples. One takes a third of the
+            time of an epoch.
 
     Returns:
         The mean loss over all examples before and after; the second is not larger.
@@ -164,7 +167,8 @@ def reconstruct_block(
     descent = torch.optim.Adam(masters, lr=learning_rate) if optimizer is None else optimizer(masters)
     rates = [group["lr"] for group in descent.param_groups]
     kept = [tensor.detach().clone() for tensor in parameters]
-    every = max(math.ceil(steps / MAX_EVALUATIONS), math.ceil(examples.total_sequences / batch_size))
+    epoch = math.ceil(examples.total_sequences / batch_size)
+    every = max(math.ceil(steps / MAX_EVALUATIONS), evaluate_every * epoch if epoch > 1 else 1)
     for step, numbers in zip(range(steps), examples.batches(batch_size, seed), strict=False):
         for group, rate in zip(descent.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / steps)

@@ -9,6 +9,7 @@ of adjacent inputs, ``[..., 1]`` per token. Rounding is done in float32 (float64
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -57,7 +58,8 @@ class Grid:
 
     Attributes:
         spec: its kind.
-        scale: distance between adjacent grid points, positive; float32, or float64 for float64 values.
+        scale: distance between adjacent grid points; float32, or float64 for float64 values. Negative where the extra
+            code of a symmetric grid, ``-2^(bits-1)``, stands for a positive value (``signed_scale``).
         zero_point: int8 codes in the shape of ``scale``; None if symmetric.
     """
 
@@ -148,12 +150,35 @@ def qparams_from_range(
     return storable_scale(scale, dtype, torch.maximum(zero - spec.low, spec.high - zero)), zero.to(torch.int8)
 
 
+def signed_scale(
+    low: torch.Tensor, high: torch.Tensor, spec: GridSpec, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Compute the scale of a symmetric grid with the end of the range that is larger in magnitude on the lowest code.
+
+    A symmetric grid has one more negative code than positive ones; with a negative scale it stands for a positive
+    value. So a range takes ``2^(bits-1)`` scales, not ``(2^bits - 1) / 2``, and its largest value is not clipped.
+
+    Args:
+        low, high: ends of the range, of any shape, which is that of the result; widened to include zero.
+        spec: the kind of grid; symmetric.
+        dtype: in which the scale will be stored.
+
+    Returns:
+        The scale in the dtype of ``low``; its magnitude is rounded by ``storable_scale``.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = storable_scale(torch.maximum(-low, high) / -spec.low, dtype, -spec.low)
+    return torch.where(high > -low, -scale, scale)
+
+
 def make_grid(
     values: torch.Tensor,
     spec: GridSpec,
     observer: Literal["minmax", "mse"] = "minmax",
     dtype: torch.dtype | None = None,
     importance: torch.Tensor | None = None,
+    *,
+    signed: bool = False,
 ) -> Grid:
     """Fit the grid of a tensor to the smallest and largest of the values that share a scale.
 
@@ -164,14 +189,15 @@ def make_grid(
             with the smallest sum of squared errors, for each scale.
         dtype: in which scales will be stored; None for that of ``values``.
         importance: ``[in]``, weight of each input channel in the sum of squared errors; None weighs all equally.
+        signed: scales may be negative (``signed_scale``); symmetric grids.
     """
     dtype = dtype or values.dtype
     parts = group_by_scale(values.to(torch.float64 if values.dtype == torch.float64 else torch.float32), spec)
     low, high = torch.aminmax(parts, dim=-1)
-    scale, zero = qparams_from_range(low, high, spec, dtype)
+    scale, zero = (signed_scale(low, high, spec, dtype), None) if signed else qparams_from_range(low, high, spec, dtype)
     if observer == "mse":
         weights = None if importance is None else group_by_scale(importance.to(parts).expand(values.shape), spec)
-        scale, zero = _search_mse(parts, low, high, spec, dtype, weights)
+        scale, zero = _search_mse(parts, low, high, spec, dtype, weights, signed)
     shape = parts.shape[:-1]
     return Grid(spec, scale.reshape(shape), None if zero is None else zero.reshape(shape))
 
@@ -183,13 +209,17 @@ def _search_mse(
     spec: GridSpec,
     dtype: torch.dtype,
     weights: torch.Tensor | None,
+    signed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the scales and zero points, among the shares of a range, with the smallest sum of squared errors."""
     best: torch.Tensor | None = None
     # There is one more negative code than positive ones. The first share maps the largest value to the largest code.
     full = (spec.high - spec.low) / 2 / spec.high if spec.symmetric else 1.0
-    for share in (full, *RANGE_SHARES) if full > 1 else RANGE_SHARES:
+    for share, sign in itertools.product(
+        (full, *RANGE_SHARES) if full > 1 else RANGE_SHARES, (1, -1) if signed else (1,)
+    ):
         scale, zero = qparams_from_range(low * share, high * share, spec, dtype)
+        scale = scale * sign
         offset = torch.zeros_like(scale) if zero is None else zero.to(scale.dtype)
         factor, shift = scale.unsqueeze(-1), offset.unsqueeze(-1)
         error = ((round_codes(parts, factor, shift, spec) - shift) * factor - parts).square_()

@@ -10,6 +10,9 @@ equations 3 to 5. With the range ``[low, high]`` of the weights that share a sca
 The gradient of the rounding is that of the identity, so ``V`` moves a code where the block's output gains by it, and
 ``a`` and ``b`` the range. The scale that a checkpoint stores is rounded to the dtype of the weights in every forward,
 and the zero point to a whole number; what is trained is what is stored.
+
+Ours, symmetric grids: with ``signed`` the scale is ``+-max(b high, -a low) / 2^(bits-1)``, negative where ``high`` is
+the larger end, so that the extra negative code stands for it (``signed_scale``).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor
 from .fake_quant import round_scale
 from .grids import Grid, GridSpec, group_by_scale, make_grid
 
-LARGEST_OFFSET = 0.5  # a weight is rounded up or down, and no further
+PAPERS_OFFSET = 0.5  # a weight is rounded up or down, and no further
 # Smallest share of a range: at 0 a scale would be 0, from which no gradient leads back. A range that was searched for
 # may grow again, that of the weights may not.
 SMALLEST_SHARE, LARGEST_SHARE = 0.05, {"minmax": 1.0, "mse": 2.0}
@@ -44,6 +47,8 @@ class LearnedRounding:
         observer: Literal["minmax", "mse"] = "minmax",
         *,
         learn_range: bool = True,
+        signed: bool = False,
+        largest_offset: float | None = PAPERS_OFFSET,
     ) -> None:
         """Begin at round-to-nearest.
 
@@ -52,14 +57,19 @@ class LearnedRounding:
             spec: the kind of grid.
             observer: the range that shares are of: ``"minmax"``, or that of the least squared error (``"mse"``).
             learn_range: train the shares.
+            signed: scales may be negative (``signed_scale``); symmetric grids.
+            largest_offset: bound of the offsets, in codes; None lets a code move as far as it likes.
         """
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight, self.dtype = weight.detach().to(wide), weight.dtype
         self.spec, self._largest = spec, LARGEST_SHARE[observer]
         self.offset = torch.zeros_like(self.weight).requires_grad_()
         self.shares: tuple[Tensor, ...] = ()
-        grid = make_grid(self.weight, spec, observer, weight.dtype)
-        self._low, self._high = _range_of(grid, group_by_scale(self.weight, spec), observer)
+        self.largest_offset = largest_offset
+        grid = make_grid(self.weight, spec, observer, weight.dtype, signed=signed)
+        # Symmetric: the scales that the larger side of a range takes, and their signs.
+        self._levels, self._sign = -spec.low if signed else (spec.high - spec.low) / 2, grid.scale.sign()
+        self._low, self._high = _range_of(grid, group_by_scale(self.weight, spec), observer, self._levels)
         self._plain = None if learn_range else grid
         if learn_range:
             self.shares = tuple(torch.ones_like(self._low).requires_grad_() for _ in range(1 if spec.symmetric else 2))
@@ -71,7 +81,8 @@ class LearnedRounding:
     @torch.no_grad()
     def project(self) -> None:
         """Bring offsets and shares back into their bounds, in place."""
-        self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
+        if self.largest_offset is not None:
+            self.offset.clamp_(-self.largest_offset, self.largest_offset)
         for share in self.shares:
             share.clamp_(SMALLEST_SHARE, self._largest)
 
@@ -80,11 +91,11 @@ class LearnedRounding:
         if self._plain is not None:
             return self._plain
         spec = self.spec
-        half = (spec.high - spec.low) / 2
         if spec.symmetric:
-            return Grid(spec, round_scale(self._high * self.shares[0] / half, self.dtype, spec))
+            scale = round_scale(self._high * self.shares[0] / self._levels, self.dtype, spec)
+            return Grid(spec, scale * self._sign)
         low, high = self._low * self.shares[0], self._high * self.shares[1]
-        scale = round_scale((high / 2 - low / 2) / half, self.dtype, spec)
+        scale = round_scale((high / 2 - low / 2) / self._levels, self.dtype, spec)
         zero = (spec.low - low.detach() / scale.detach()).round().clamp(spec.low, spec.high)
         return Grid(spec, scale, zero.to(torch.int8))
 
@@ -110,7 +121,7 @@ class LearnedRounding:
         return parts / scale + zero + group_by_scale(self.offset, self.spec), scale, zero
 
 
-def _range_of(grid: Grid, parts: Tensor, observer: str) -> tuple[Tensor, Tensor]:
+def _range_of(grid: Grid, parts: Tensor, observer: str, levels: float) -> tuple[Tensor, Tensor]:
     """Return the ends of the ranges of a grid, in the shape of its scale.
 
     With ``"minmax"`` those of the weights, which the rounding of scales and zero points does not move.
@@ -122,7 +133,7 @@ def _range_of(grid: Grid, parts: Tensor, observer: str) -> tuple[Tensor, Tensor]
         return (low, high) if not spec.symmetric else (low, torch.maximum(-low, high))
     if spec.symmetric:
         # The search may choose more than the range: the largest weight on the largest code.
-        return low, scale * ((spec.high - spec.low) / 2)
+        return low, scale.abs() * levels
     assert grid.zero_point is not None
     zero = grid.zero_point.to(scale.dtype)
     return (spec.low - zero) * scale, (spec.high - zero) * scale

@@ -1,4 +1,4 @@
-"""Signed gradient descent: ``p <- p - rate sign(dL/dp)``, and then back into the bounds of the parameters."""
+"""Optimizers that bring parameters back into their bounds after each step: signed gradient descent, and Adam."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class SignedDescent(torch.optim.Optimizer):
-    """Move each parameter by ``lr`` against the sign of its gradient.
+    """Move each parameter by ``lr`` against the sign of its gradient: ``p <- p - rate sign(dL/dp)``.
 
     The size of a step does not depend on that of the gradient, so that over a run with a rate of ``1 / steps`` that
     falls linearly to 0 a parameter moves by at most 0.5 (2309.05516, section 3.2). Groups have ``lr``.
@@ -34,3 +34,28 @@ class SignedDescent(torch.optim.Optimizer):
                     parameter.sub_(gradient.sign(), alpha=group["lr"])
         if self.project is not None:
             self.project()
+
+
+class ProjectedAdam(torch.optim.Adam):
+    """Adam, and a projection after each step.
+
+    Args:
+        params: tensors, or groups of them.
+        lr: the rate.
+        betas: of the running means of the gradient and of its square.
+        project: called after each step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float],
+        project: Callable[[], None],
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas)
+        self.project = project
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        self.project()

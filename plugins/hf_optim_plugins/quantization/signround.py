@@ -12,8 +12,14 @@ the quantized blocks before it produce. With a rate of ``1 / steps`` that falls 
 0.5: a weight is rounded up or down, and no further. The best state is kept, and the one before training counts, so that
 the loss of no block rises; the authors keep that of the best batch, here the loss is that over all data.
 
-Ours: ``observer: mse`` starts from the range with the least squared error, and ``inputs: dense`` has ``x`` in place of
-``x'``.
+The paper's method is what the defaults are. Ours, each by its own option:
+
+- ``signed_scales``: a symmetric grid has one more negative code than positive ones, and the scale of a group may be
+  negative, so that this code stands for the weight that is largest in magnitude, whatever its sign.
+- ``optimizer: adam`` with ``largest_offset: null``: offsets move as far as the block's error asks, not up or down
+  alone. This is what few bits need.
+- ``tune_norms``: the vectors of the block (gains of norms, biases) are trained, too. They stay floating-point numbers.
+- ``observer: mse`` starts from the range with the least squared error; ``inputs: dense`` has ``x`` in place of ``x'``.
 """
 
 from __future__ import annotations
@@ -25,8 +31,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from hf_optim import Paper, Reload, Technique, compressed, hookimpl, option, technique
-from hf_optim.toolkit.quantization import LearnedRounding, SignedDescent, block_reconstruction
+from hf_optim import Paper, RecipeError, Reload, Technique, compressed, hookimpl, option, technique
+from hf_optim.toolkit.quantization import LearnedRounding, ProjectedAdam, SignedDescent, block_reconstruction
 
 from . import _recompute
 from ._block_inputs import BlockInputs
@@ -35,6 +41,8 @@ from ._weights import QUANTIZES, cover_outside_blocks, keep_bits, report_bits, s
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
+
+ADAM_BETAS = (0.9, 0.99)  # of 200 steps, each of a few sequences; the usual 0.999 remembers more than that
 
 
 @technique(
@@ -61,11 +69,16 @@ class SignRound(Technique):
         symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
         observer: the range that is learned is a share of that of the weights (``"minmax"``, the paper), or of the range
             with the least squared error of the weights (``"mse"``).
+        signed_scales: scales of symmetric grids may be negative; not the paper's.
         activations: quantize the inputs of the layers to ``"int8"``, each token on its own grid, in training too.
-        steps: of signed gradient descent for each block.
+        optimizer: ``"sign"``, the paper's, or ``"adam"``.
+        steps: of the optimizer for each block.
         batch_size: sequences per step, in whole calibration batches.
         learning_rate: of the offsets at the start; None for ``1 / steps``.
         range_rate: of the shares of the ranges; None for that of the offsets, 0 keeps the ranges of the observer.
+        largest_offset: how far an offset may move, in codes; None as far as it likes. The paper's is 0.5.
+        tune_norms: train the vectors of the blocks, too; needs ``optimizer: adam``. Not the paper's.
+        norm_rate: of these vectors.
         inputs: ``"quantized"``, what the quantized blocks before this one produce; or ``"dense"``, the inputs in the
             original model.
         seed: of the order of the batches.
@@ -77,11 +90,16 @@ class SignRound(Technique):
     group_size: int | None = option(128, low=1)
     symmetric: bool = True
     observer: Literal["minmax", "mse"] = "minmax"
+    signed_scales: bool = False
     activations: Literal["int8"] | None = None
+    optimizer: Literal["sign", "adam"] = "sign"
     steps: int = option(200, low=0)
     batch_size: int = option(8, low=1)
     learning_rate: float | None = option(None, low=0.0)
     range_rate: float | None = option(None, low=0.0)
+    largest_offset: float | None = option(0.5, low=0.5)
+    tune_norms: bool = False
+    norm_rate: float = option(0.001, low=0.0)
     inputs: Literal["quantized", "dense"] = "quantized"
     seed: int = 0
 
@@ -91,6 +109,19 @@ class SignRound(Technique):
 
     def needs_teacher(self) -> bool:
         return True
+
+    def validate(self) -> None:
+        wrong = {
+            "signed_scales are those of a grid without zero points: set symmetric, or leave signed_scales out": (
+                self.signed_scales and not self.symmetric
+            ),
+            "tune_norms needs optimizer: adam, since norms have no rate in codes": (
+                self.tune_norms and self.optimizer != "adam"
+            ),
+        }
+        for reason, holds in wrong.items():
+            if holds:
+                raise RecipeError(f"signround: {reason}")
 
     @property
     def rate(self) -> float:
@@ -127,10 +158,13 @@ class SignRound(Technique):
         }
         linear = [scheme for name, scheme in schemes.items() if isinstance(layers[name], nn.Linear)]
         rounding = compressed.input_quantizer(linear[0]) if self.activations and linear else None
-        with rounded_inputs(layers, rounding):
+        with (
+            rounded_inputs(layers, rounding),
+            block_reconstruction.trainable_vectors(scope.module, self.tune_norms) as vectors,
+        ):
             losses = block_reconstruction.reconstruct_block(
                 block,
-                [tensor for each in made.values() for tensor in each.parameters()],
+                [*(tensor for each in made.values() for tensor in each.parameters()), *vectors],
                 examples,
                 learning_rate=self.rate,
                 steps=self.steps,
@@ -138,7 +172,8 @@ class SignRound(Technique):
                 seed=self.seed,
                 masks=self._masks(run, made),
                 label=f"{run.label(self)}: {scope.name}",
-                optimizer=lambda tensors: self._descent(made),
+                optimizer=lambda tensors: self._descent(made, tensors[len(tensors) - len(vectors) :]),
+                evaluate_every=2,
             )
         for name, layer in layers.items():
             codes, grid = made[name].quantize()
@@ -149,20 +184,31 @@ class SignRound(Technique):
 
     def _rounding(self, layer: Any, bits: int) -> LearnedRounding:
         spec = weight_spec(layer.weight.shape[1], bits, self.group_size, self.symmetric)
-        return LearnedRounding(layer.weight, spec, self.observer, learn_range=self.range_rate != 0)
+        return LearnedRounding(
+            layer.weight,
+            spec,
+            self.observer,
+            learn_range=self.range_rate != 0,
+            signed=self.signed_scales,
+            largest_offset=self.largest_offset,
+        )
 
-    def _descent(self, made: Mapping[str, LearnedRounding]) -> SignedDescent:
+    def _descent(self, made: Mapping[str, LearnedRounding], vectors: list[torch.Tensor]) -> torch.optim.Optimizer:
         range_rate = self.rate if self.range_rate is None else self.range_rate
         offsets = [each.offset for each in made.values()]
         shares = [share for each in made.values() for share in each.shares]
         groups = [{"params": offsets, "lr": self.rate}]
         if shares:
             groups.append({"params": shares, "lr": range_rate})
+        if vectors:
+            groups.append({"params": vectors, "lr": self.norm_rate})
 
         def project() -> None:
             for each in made.values():
                 each.project()
 
+        if self.optimizer == "adam":
+            return ProjectedAdam(groups, self.rate, ADAM_BETAS, project)
         return SignedDescent(groups, self.rate, project)
 
     def _masks(self, run: Run, made: Mapping[str, LearnedRounding]) -> dict[int, torch.Tensor]:
@@ -192,10 +238,12 @@ class SignRound(Technique):
             "that the quantized blocks before it produce" if self.inputs == "quantized" else "of the original model"
         )
         count = f"{len(losses)} block{'s' * (len(losses) != 1)}"
+        method = "signed gradient descent" if self.optimizer == "sign" else "Adam"
+        vectors = " Gains of norms and biases were trained with it." if self.tune_norms else ""
         card.paragraph(
             "SignRound",
-            f"The rounding of the weights of {count} was learned in {self.steps} steps of signed gradient descent a "
-            f"block, so that each block reproduces the outputs of the original one on the inputs {before}.",
+            f"The rounding of the weights of {count} was learned in {self.steps} steps of {method} a block, so that "
+            f"each block reproduces the outputs of the original one on the inputs {before}.{vectors}",
         )
         card.table(
             "SignRound: mean squared error of the blocks' outputs",

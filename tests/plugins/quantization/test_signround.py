@@ -62,19 +62,34 @@ def test_without_a_step_it_is_rounding(fields, dtype):
     assert all(first == last for first, last in losses(model).values())
 
 
-def fake(weight, offset, low, high, size):
-    """Return a weight on 3 bits, equation 3 of the paper for a symmetric grid, with the straight-through gradient."""
-    parts, scale = weight.view(len(weight), -1, size), torch.maximum(high, -low) * 2 / 7
+def fake(weight, offset, low, high, size, signed=False):
+    """Return a weight on 3 bits, equation 3 of the paper for a symmetric grid, with the straight-through gradient.
+
+    With ``signed`` the end that is larger in magnitude is the code -4.
+    """
+    parts = weight.view(len(weight), -1, size)
+    scale = torch.where(high > -low, high, low) / -4 if signed else torch.maximum(high, -low) * 2 / 7
     codes = parts / scale + offset.view(parts.shape)
     codes = (codes + (codes.round() - codes).detach()).clamp(-4, 3)
     return (codes * scale).view(weight.shape)
 
 
-@pytest.mark.parametrize("inputs", ["quantized", "dense"])
-def test_it_is_the_papers_descent_written_out(inputs):
-    """Every step sees all data here (one batch), so that the best state can be found step by step."""
-    steps, size = 6, 16
-    model = learned(tiny_llama().double(), bits=3, group_size=size, steps=steps, inputs=inputs)
+OURS = {
+    "signed_scales": True,
+    "optimizer": "adam",
+    "largest_offset": None,
+    "learning_rate": 0.2,
+    "range_rate": 0.02,
+    "tune_norms": True,
+    "norm_rate": 0.01,
+}
+
+
+@pytest.mark.parametrize(("inputs", "fields"), [("quantized", {}), ("dense", {}), ("quantized", OURS)])
+def test_it_is_the_descent_written_out(inputs, fields):
+    """The paper's, and ours. Every step sees all data here, so that the best state can be found step by step."""
+    steps, size, ours = 6, 16, bool(fields)
+    model = learned(tiny_llama().double(), bits=3, group_size=size, steps=steps, inputs=inputs, **fields)
     dense, mixed = tiny_llama().double(), tiny_llama().double()
     seen, expected = {}, {}
     for index, block in enumerate(dense.model.layers):
@@ -94,18 +109,26 @@ def test_it_is_the_papers_descent_written_out(inputs):
         offsets = {n: torch.zeros_like(w, requires_grad=True) for n, w in weights.items()}
         ends = {n: torch.aminmax(w.view(len(w), -1, size), dim=-1, keepdim=True) for n, w in weights.items()}
         shares = {n: torch.ones_like(e[0], requires_grad=True) for n, e in ends.items()}
+        vectors = {n: p.detach().clone().requires_grad_() for n, p in block.named_parameters() if p.dim() == 1 and ours}
 
-        def loss_and_weights(block=block, weights=weights, offsets=offsets, ends=ends, shares=shares, index=index):
+        def loss_and_weights(
+            block=block, weights=weights, offsets=offsets, ends=ends, shares=shares, index=index, vectors=vectors
+        ):
             made = {
-                n: fake(w, offsets[n], ends[n][0] * shares[n], ends[n][1] * shares[n], size) for n, w in weights.items()
+                n: fake(w, offsets[n], ends[n][0] * shares[n], ends[n][1] * shares[n], size, ours)
+                for n, w in weights.items()
             }
+            made |= vectors
             args, kwargs = seen["now"]
             out = functional_call(block, made, args, kwargs)
             out, target = (value[0] if isinstance(value, tuple) else value for value in (out, expected[index]))
-            return (out - target).square().mean(), made
+            return (out.float() - target.float()).square().mean(), made  # as block_reconstruction: float32
 
         states = []
-        leaves = [*offsets.values(), *shares.values()]
+        leaves = [*offsets.values(), *shares.values(), *vectors.values()]
+        rates = {"offsets": (offsets, 0.2), "shares": (shares, 0.02), "vectors": (vectors, 0.01)}
+        groups = [{"params": list(found.values()), "lr": rate} for found, rate in rates.values()]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99)) if ours else None
         for step in range(steps + 1):
             loss, made = loss_and_weights()
             states.append((float(loss.detach()), {n: w.detach().clone() for n, w in made.items()}))
@@ -114,8 +137,15 @@ def test_it_is_the_papers_descent_written_out(inputs):
             gradients = torch.autograd.grad(loss, leaves)
             with torch.no_grad():
                 for leaf, gradient in zip(leaves, gradients, strict=True):
-                    leaf -= (1 - step / steps) / steps * gradient.sign()
-                for offset in offsets.values():
+                    if ours:
+                        leaf.grad = gradient
+                    else:
+                        leaf -= (1 - step / steps) / steps * gradient.sign()
+                if ours:
+                    for group, (_, rate) in zip(adam.param_groups, rates.values(), strict=True):
+                        group["lr"] = rate * (1 - step / steps)
+                    adam.step()
+                for offset in offsets.values() if not ours else ():
                     offset.clamp_(-0.5, 0.5)
                 for share in shares.values():
                     share.clamp_(0.05, 1.0)
@@ -124,6 +154,21 @@ def test_it_is_the_papers_descent_written_out(inputs):
             block.get_parameter(name).data.copy_(weight)
             mine = model.model.layers[index].get_parameter(name)
             torch.testing.assert_close(mine, weight, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_negative_scales_are_read_by_stock_transformers_and_by_kernels(bits, tmp_path):
+    model = learned(tiny_llama(), bits=bits, group_size=16, signed_scales=True)
+    scales = torch.cat([layer.weight_scale.flatten() for layer in compressed.quantized_modules(model).values()])
+    assert 0.3 < float((scales < 0).float().mean()) < 0.7
+    assert all(float(codes.min()) == -(2 ** (bits - 1)) for codes in codes_of(model).values())
+    model.save_pretrained(tmp_path)
+    with eval_mode(model):
+        expected = model(IDS).logits
+    for config in (None, "auto"):
+        kept = {} if config is None else {"optim_config": config}
+        with eval_mode(again := AutoModelForCausalLM.from_pretrained(tmp_path, **kept)):
+            torch.testing.assert_close(again(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
 def block_losses(model, data=IDS, tiny=tiny_llama) -> list[float]:
@@ -238,6 +283,10 @@ def test_refusals_give_the_reason(tmp_path):
         optimize(tiny_llama(), {"steps": [{"technique": "signround"}], "driver": "whole_model"}, calibration=IDS)
     with pytest.raises(ModelError, match=r"step 1 \(signround\).*Conv1D"):
         learned(tiny_gpt2())
+    with pytest.raises(RecipeError, match=r"signround: signed_scales are those of a grid without zero points"):
+        learned(tiny_llama(), symmetric=False, signed_scales=True)
+    with pytest.raises(RecipeError, match=r"signround: tune_norms needs optimizer: adam"):
+        learned(tiny_llama(), tune_norms=True)
     with pytest.raises(ModelError, match=r"zero points"):
         learned(tiny_mixtral(), symmetric=False)
     model = tiny_llama()
