@@ -81,6 +81,19 @@ def spread(case):
 
 
 @on_triton
+@pytest.mark.parametrize("sizes", CASES)
+def test_another_start_keeps_the_zeros_of_the_weight(device, sizes):
+    from hf_optim_kernels.column_recursion import launch
+
+    case = random_case(*sizes, device=device)
+    start = case[0] + 0.3 * torch.randn(case[0].shape, generator=torch.Generator().manual_seed(3)).to(device)
+    found = launch.recurse(*case, start=start)
+    assert differing(found, in_float64(*case, start.double())) < 0.002
+    assert differing(found, launch.recurse(*case)) > 0.1
+    assert bool((found[case[0] == 0] == (0 if case[4] is None else spread(case)[case[0] == 0])).all())
+
+
+@on_triton
 @pytest.mark.parametrize("block_size", [1, 7, 1000])
 def test_blocks_of_any_size(device, block_size):
     from hf_optim_kernels.column_recursion import launch

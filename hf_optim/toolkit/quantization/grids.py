@@ -179,6 +179,7 @@ def make_grid(
     importance: torch.Tensor | None = None,
     *,
     signed: bool = False,
+    norm: float = 2.0,
 ) -> Grid:
     """Fit the grid of a tensor to the smallest and largest of the values that share a scale.
 
@@ -190,6 +191,7 @@ def make_grid(
         dtype: in which scales will be stored; None for that of ``values``.
         importance: ``[in]``, weight of each input channel in the sum of squared errors; None weighs all equally.
         signed: scales may be negative (``signed_scale``); symmetric grids.
+        norm: exponent of the errors in that sum, 2 for squares; a larger one clips less.
     """
     dtype = dtype or values.dtype
     parts = group_by_scale(values.to(torch.float64 if values.dtype == torch.float64 else torch.float32), spec)
@@ -197,7 +199,7 @@ def make_grid(
     scale, zero = (signed_scale(low, high, spec, dtype), None) if signed else qparams_from_range(low, high, spec, dtype)
     if observer == "mse":
         weights = None if importance is None else group_by_scale(importance.to(parts).expand(values.shape), spec)
-        scale, zero = _search_mse(parts, low, high, spec, dtype, weights, signed)
+        scale, zero = _search_mse(parts, low, high, spec, dtype, weights, signed, norm)
     shape = parts.shape[:-1]
     return Grid(spec, scale.reshape(shape), None if zero is None else zero.reshape(shape))
 
@@ -210,6 +212,7 @@ def _search_mse(
     dtype: torch.dtype,
     weights: torch.Tensor | None,
     signed: bool,
+    norm: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the scales and zero points, among the shares of a range, with the smallest sum of squared errors."""
     best: torch.Tensor | None = None
@@ -222,7 +225,8 @@ def _search_mse(
         scale = scale * sign
         offset = torch.zeros_like(scale) if zero is None else zero.to(scale.dtype)
         factor, shift = scale.unsqueeze(-1), offset.unsqueeze(-1)
-        error = ((round_codes(parts, factor, shift, spec) - shift) * factor - parts).square_()
+        error = (round_codes(parts, factor, shift, spec) - shift) * factor - parts
+        error = error.square_() if norm == 2 else error.abs_().pow_(norm)
         total = (error if weights is None else error.mul_(weights)).sum(-1)
         if best is None:
             best, chosen, chosen_zero = total, scale, zero

@@ -12,6 +12,8 @@ All steps work in a single matrix besides the Hessian.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +56,33 @@ def damp_(matrix: Tensor, damp: float) -> Tensor:
         matrix[begin : begin + STRIP].masked_fill_(dead[begin : begin + STRIP, None] | dead, 0)
     diagonal += mean * dead + damp * mean
     return matrix
+
+
+@contextmanager
+def damped(hessian: Tensor, damp: float) -> Iterator[Tensor]:
+    """Damp a Hessian ``[in, in]`` in its own memory (``damp_``); its diagonal is put back at the end.
+
+    The rows and columns of dead inputs must be zero, as they are in a Gram matrix.
+    """
+    diagonal = hessian.diagonal().clone()
+    try:
+        yield damp_(hessian, damp)
+    finally:
+        hessian.diagonal().copy_(diagonal)
+
+
+def descent_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Return ``diag(H) triu(H)⁻¹`` of the columns in ``order``: ``[in, in]``, upper triangular, its diagonal 1.
+
+    It is well-conditioned for every positive definite ``H``: with ``T = triu(H)`` and ``D = diag(H)``,
+    ``x T xᵀ = (x H xᵀ + x D xᵀ) / 2``, so that the norm of ``D^½ T⁻¹ D^½`` is at most 2.
+
+    Args:
+        hessian: ``[in, in]``, symmetric, positive definite (``damped``); not changed.
+        order: int64 ``[in]``.
+    """
+    lower = _permuted(hessian, order.flip(0), hessian.dtype).tril_()
+    return reverse_(invert_lower_(lower)).mul_(hessian.diagonal()[order].unsqueeze(1))
 
 
 def inverse_cholesky(

@@ -20,19 +20,20 @@ MOST_COLUMNS = 256
 
 def recurse(
     weight: Tensor, upper: Tensor, order: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, low: float,
-    high: float, block_size: int = 128,
+    high: float, block_size: int = 128, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the codes of ``naive.recurse``, up to the order of reduction, computed in float32.
 
     Args:
         block_size: columns of a block, at most ``MOST_COLUMNS``.
+        start: ``[rows, columns]``, the values to begin with; None for ``weight``.
 
     Raises ``ValueError`` unless ``upper`` and ``scale`` are float32.
     """
     if upper.dtype != torch.float32 or scale.dtype != torch.float32:
         raise ValueError(f"the column recursion is computed in float32, not {upper.dtype}")
     rows, columns = weight.shape
-    rest = weight.index_select(1, order).float()
+    rest = (weight if start is None else start).index_select(1, order).float()
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     places, block_size = order.to(torch.int32), min(block_size, MOST_COLUMNS, columns)
     zeros = scale if zero is None else zero

@@ -17,7 +17,7 @@ from torch import Tensor
 
 def recurse(
     weight: Tensor, upper: Tensor, order: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, low: float,
-    high: float,
+    high: float, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the codes of ``weight``.
 
@@ -29,11 +29,12 @@ def recurse(
         zero: whole numbers of the shape of ``scale``; None for zeros.
         group_size: adjacent columns that share a scale.
         low, high: the smallest and the largest code, within int8.
+        start: ``[rows, columns]``, the values of ``w`` to begin with; None for ``weight``.
 
     Returns:
         int8 ``[rows, columns]``, columns as in the weight.
     """
-    rest = weight[:, order].to(upper.dtype)
+    rest = (weight if start is None else start)[:, order].to(upper.dtype)
     group = order // group_size
     s = scale.to(upper.dtype)[:, group]
     z = torch.zeros_like(s) if zero is None else zero.to(upper.dtype)[:, group]

@@ -14,14 +14,22 @@ halves recursively.
 Scales are fixed before the recursion, from the original weights and in groups of *neighbouring* columns ("static
 groups"), so ``act_order`` costs nothing at run time and no ``g_idx`` is stored.
 
+The recursion never returns to a column: it rounds the first ones as if all later ones could compensate anything, and
+for the last none is left to compensate. So ``refine`` rounds follow (ours; ``refine: 0`` is the paper's method). Each
+fits the scales to the codes by least squares in the metric of ``H`` (``hf_optim.toolkit.quantization.refit_scales``),
+and then sets each column's code to the best one while all others stay, in one sweep of coordinate descent (QuantEase,
+2309.01885; ``_column_recursion``). Neither raises the output error on the calibration data (of the damped Hessian).
+
 On a pruned model the mask stays. Updates may move a pruned weight away from zero; when its column is processed it is
 "rounded" to zero, and that error is compensated like any other: the joint treatment of SparseGPT (2301.00774, section
 3.5). One factor ``U`` serves all rows, whatever their masks. That is exact for none of them, and the price of a single
 factorization.
 
-Differences from the paper's settings: its grids are asymmetric, here they are symmetric by default (a choice, for the
-packed format); its columns come in their own order, ``act_order`` is a later addition; and it computes the scales of a
-group from the compensated weights when the recursion reaches the group, where static groups use the original ones.
+Further differences from the paper's settings: its grids are asymmetric, here they are symmetric by default (a choice,
+for the packed format); its columns come in their own order, ``act_order`` is a later addition; and it computes the
+scales of a group from the compensated weights when the recursion reaches the group, where static groups use the
+original ones. The search for scales (``observer: mse``) is ours; its exponent, 2.4, is that of compressed-tensors'
+observer: with 2 the search clips more, and what is clipped at 2 bits no other column can compensate.
 
 In a mixture of experts each matrix of each expert is a separate layer, with the Hessian of the tokens that the router
 sends to that expert. An expert that sees fewer tokens than it has inputs is reported, and is also calibrated on other
@@ -32,7 +40,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_optim import Paper, Reload, Technique, compressed, hookimpl, option, technique
-from hf_optim.toolkit.quantization import Grid, inverse_cholesky, make_grid, output_error, round_codes
+from hf_optim.toolkit.quantization import Grid, damped, descent_factor, inverse_cholesky, make_grid, output_error
 from hf_optim.toolkit.statistics import (
     GramMatrix,
     SecondMoment,
@@ -52,6 +59,7 @@ from hf_optim.toolkit.statistics import (
 from hf_optim.toolkit.topology import group_by_block, not_reached
 
 from . import _recompute
+from ._column_recursion import column_order, recurse, refine
 from ._weights import (
     QUANTIZES,
     add_worst_layers,
@@ -96,8 +104,11 @@ class GPTQ(Technique):
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
             scale per output channel.
         symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
-        observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``),
-            in which each weight is weighted by the mean square of its input.
+        observer: scales from ``"minmax"`` of the weights, or from a search for the least sum of their rounding errors
+            (``"mse"``).
+        norm: exponent of the errors in that search, 2 for squares; a larger one clips less.
+        refine: rounds of refinement after the recursion: scales fitted to the codes, then one sweep over the codes.
+            0 for the recursion alone, the paper's method.
         act_order: process the columns of the largest inputs (mean square) first.
         activations: quantize the inputs of the layers to ``"int8"``, each token on its own grid (W4A8); later blocks
             are calibrated on the result.
@@ -117,6 +128,10 @@ class GPTQ(Technique):
     symmetric: bool = True
     observer: Literal["minmax", "mse"] = "minmax"
     activations: Literal["int8"] | None = None
+    norm: float = option(2.4, low=1.0)
+    weigh_inputs: bool = False
+    signed_scales: bool = False
+    refine: int = option(3, low=0)
     act_order: bool = True
     damp: float = option(0.01, above=0.0, high=1.0)
     block_size: int = option(128, low=1)
@@ -160,15 +175,9 @@ class GPTQ(Technique):
         """Quantize layers that read the same input; rows of equally many bits in one recursion."""
         what = f"{run.label(self)}: the Hessian of the inputs of {', '.join(layers)}"
         order = column_order(gram.total, self.act_order)
-        upper = inverse_cholesky(gram.total, self.damp, what, order).upper
         bits_of = {name: run.bits_of(name, self.bits) for name in layers}
         errors = {}
-        for bits in dict.fromkeys(bits_of.values()):
-            names = [name for name, own in bits_of.items() if own == bits]
-            # A copy, because storing writes into the weights.
-            dense = torch.cat([layers[name].weight.detach() for name in names])
-            grid = self._grid(dense, bits, gram.total.diagonal())
-            codes = recurse(dense, upper, order, grid, self.block_size)
+        for names, dense, codes, grid in self._rounded(layers, bits_of, gram.total, order, what):
             begin = 0
             for name in names:
                 rows = slice(begin, begin := begin + len(layers[name].weight))
@@ -183,12 +192,40 @@ class GPTQ(Technique):
         keep_bits(self, run, bits_of)
         run.cover(self, layers)
 
-    def _grid(self, weight: Tensor, bits: int, hessian_diagonal: Tensor) -> Grid:
-        """Return fixed scales, from the original weights."""
+    def _rounded(
+        self, layers: Mapping[str, nn.Linear], bits_of: Mapping[str, int], hessian: Tensor, order: Tensor, what: str
+    ) -> list[tuple[list[str], Tensor, Tensor, Grid]]:
+        """Return for each number of bits its layers, their weights one below the other, codes and grid of these."""
+        factor = inverse_cholesky(hessian, self.damp, what, order)
+        upper, damp = factor.upper, factor.damp
+        found = []
+        for bits in dict.fromkeys(bits_of.values()):
+            names = [name for name, own in bits_of.items() if own == bits]
+            # A copy, because storing writes into the weights.
+            dense = torch.cat([layers[name].weight.detach() for name in names])
+            grid = self._grid(dense, bits, hessian.diagonal())
+            found.append((names, dense, recurse(dense, upper, order, grid, self.block_size), grid))
+        if not self.refine:
+            return found
+        del factor, upper  # the other factor takes their memory
+        with damped(hessian, damp):
+            upper = descent_factor(hessian, order)
+            return [
+                (names, dense, *refine(dense, codes, grid, hessian, upper, order, self.refine, self.block_size))
+                for names, dense, codes, grid in found
+            ]
+
+    def _grid(self, weight: Tensor, bits: int, energy: Tensor) -> Grid:
+        """Return the scales of the recursion, from the original weights."""
         spec = weight_spec(weight.shape[1], bits, self.group_size, self.symmetric)
-        importance = hessian_diagonal if self.observer == "mse" else None
         # In strips of rows, because the search holds several copies of them.
-        return stack([make_grid(rows, spec, self.observer, None, importance) for rows in weight.split(STRIP)])
+        importance = energy if self.weigh_inputs else None
+        return stack(
+            [
+                make_grid(rows, spec, self.observer, None, importance, signed=self.signed_scales, norm=self.norm)
+                for rows in weight.split(STRIP)
+            ]
+        )
 
     def _report_scarce(self, run: Run, scarce: Mapping[str, int]) -> None:
         """Record and log the matrices of experts that saw fewer tokens than they have inputs."""
@@ -261,72 +298,6 @@ def quantize_columns(
     """
     order = column_order(hessian, act_order)
     return recurse(weight, inverse_cholesky(hessian, damp, what, order).upper, order, grid, block_size)
-
-
-def column_order(hessian: Tensor, act_order: bool) -> Tensor:
-    """Return the columns in the order in which they are rounded, int64 ``[in]``."""
-    if not act_order:
-        return torch.arange(len(hessian), device=hessian.device)
-    return hessian.diagonal().argsort(descending=True, stable=True)
-
-
-@torch.no_grad()
-def recurse(weight: Tensor, upper: Tensor, order: Tensor, grid: Grid, block_size: int = 128) -> Tensor:
-    """Round the columns of ``weight`` in ``order``; return int8 codes ``[out, in]``.
-
-    Args:
-        weight: ``[out, in]``, any float type. Exact zeros keep the code of zero.
-        upper: ``[in, in]``, ``U`` of the columns in ``order``, in the dtype of the computation.
-        order: int64 ``[in]``, a permutation.
-        grid: per channel or per group of neighbouring columns.
-        block_size: columns between two updates of the rest.
-    """
-    size = grid.spec.group_size or weight.shape[1]
-    if upper.is_cuda and upper.dtype == torch.float32:
-        try:
-            from hf_optim_kernels.column_recursion import launch as kernels
-        except ImportError as error:
-            log.debug("no kernel for GPTQ's recursion (%s): torch runs it, column by column", error)
-        else:
-            ends = (grid.spec.low, grid.spec.high)
-            return kernels.recurse(weight, upper, order, grid.scale.float(), grid.zero_point, size, *ends, block_size)
-    # Transposed, so that a column is contiguous in memory.
-    rest = weight.T[order].to(upper.dtype)
-    work = _Columns(grid, rest, rest != 0, upper, order // size)
-    codes = torch.empty(weight.T.shape, dtype=torch.int8, device=weight.device)
-    for begin in range(0, len(rest), block_size):
-        end = min(begin + block_size, len(rest))
-        codes[order[begin:end]] = work.round_range(begin, end)
-        rest[end:].addmm_(upper[begin:end, end:].T, rest[begin:end], alpha=-1)
-    return codes.T.contiguous()
-
-
-@dataclass
-class _Columns:
-    """The recursion in torch. ``rest`` ``[in, out]``: columns in order; rounded columns hold their errors instead."""
-
-    grid: Grid
-    rest: Tensor
-    kept: Tensor
-    upper: Tensor
-    group: Tensor
-
-    def round_range(self, begin: int, end: int) -> Tensor:
-        """Round columns ``begin`` to ``end`` by halves; return int8 codes ``[end - begin, out]``."""
-        if end - begin == 1:
-            return self.round_one(begin)[None]
-        middle, rest = (begin + end) // 2, self.rest
-        first = self.round_range(begin, middle)
-        rest[middle:end].addmm_(self.upper[begin:middle, middle:end].T, rest[begin:middle], alpha=-1)
-        return torch.cat([first, self.round_range(middle, end)])
-
-    def round_one(self, q: int) -> Tensor:
-        free, group = self.rest[q], self.group[q]
-        scale = self.grid.scale[:, group].to(free.dtype)
-        zero = torch.zeros_like(scale) if self.grid.zero_point is None else self.grid.zero_point[:, group].to(scale)
-        code = torch.where(self.kept[q], round_codes(free, scale, zero, self.grid.spec), zero)
-        self.rest[q] = (free - (code - zero) * scale) / self.upper[q, q]
-        return code.to(torch.int8)
 
 
 @hookimpl

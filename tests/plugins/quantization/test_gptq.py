@@ -150,7 +150,7 @@ def test_all_linears_but_the_head_and_the_report():
 
 def test_a_layer_is_quantized_on_its_actual_inputs():
     """The codes of a block's first layers follow from its inputs, the blocks before it being quantized."""
-    model = quantized(tiny_llama(), group_size=16, precision="float64")
+    model = quantized(tiny_llama(), group_size=16, precision="float64", refine=0)
     dense = tiny_llama()
     dense.model.layers[0].load_state_dict(
         {k: v for k, v in model.model.layers[0].state_dict().items() if "scale" not in k}
@@ -255,18 +255,30 @@ def test_the_card_has_the_bits_that_an_earlier_step_assigned():
     assert text.startswith(f"14 linear layers were quantized to {bits}. The relative")
 
 
-def test_the_search_for_scales_weights_each_input_by_its_energy():
-    model = tiny_llama()
-    layers = {name: model.get_submodule(f"model.layers.0.mlp.{name}") for name in ("gate_proj", "down_proj")}
-    dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    with torch.no_grad(), SecondMoment(layers, "test") as grams:
-        model(IDS)
-    model = quantized(model, bits=3, group_size=16, observer="mse")
-    for name, weight in dense.items():
-        spec, energy = GridSpec(3, "int", "group", 16), grams[name].total.diagonal()
+@pytest.mark.parametrize("fields", [{}, {"norm": 2.0}])
+def test_the_search_for_scales_has_the_norm_of_the_option(fields):
+    model, dense = tiny_llama(), tiny_llama()
+    model = quantized(model, bits=3, group_size=16, observer="mse", refine=0, **fields)
+    for name in ("gate_proj", "down_proj"):
+        weight, spec = (
+            dense.get_submodule(f"model.layers.0.mlp.{name}").weight.detach(),
+            GridSpec(3, "int", "group", 16),
+        )
         stored = model.get_submodule(f"model.layers.0.mlp.{name}").weight_scale
-        assert torch.equal(stored, make_grid(weight, spec, "mse", importance=energy).scale)
-        assert not torch.equal(stored, make_grid(weight, spec, "mse").scale)
+        scales = {norm: make_grid(weight, spec, "mse", norm=norm).scale for norm in (2.0, 2.4)}
+        assert not torch.equal(scales[2.0], scales[2.4])
+        assert torch.equal(stored, scales[fields.get("norm", 2.4)])
+
+
+@pytest.mark.parametrize("fields", [{}, {"symmetric": False}, {"group_size": None}, {"precision": "float64"}])
+def test_refinement_lowers_the_error_of_layers(fields):
+    """The first block's inputs do not depend on codes; what is reported is on the data without damping."""
+    fields = {"bits": 3, "group_size": 16, **fields}
+    plain, refined = (run_of(quantized(tiny_llama(), refine=rounds, **fields)).record.steps["0"] for rounds in (0, 3))
+    for name, error in plain["relative_error"].items():
+        if ".layers.0." in name:
+            assert refined["relative_error"][name] < error
+    assert refined["mean_relative_error"] < 0.95 * plain["mean_relative_error"]
 
 
 @pytest.mark.real_model
