@@ -32,12 +32,14 @@ def weight_args(
     )
 
 
-def activation_args(type: Literal["int8", "fp8"], static: bool = False, symmetric: bool = True) -> QuantizationArgs:
+def activation_args(
+    type: Literal["int8", "fp8", "int4"], static: bool = False, symmetric: bool = True
+) -> QuantizationArgs:
     """Build the ``QuantizationArgs`` of inputs: dynamic scales per token, or one calibrated scale per tensor."""
     from compressed_tensors.quantization import QuantizationArgs
 
     return QuantizationArgs(
-        num_bits=8,
+        num_bits=4 if type == "int4" else 8,
         type="float" if type == "fp8" else "int",
         strategy="tensor" if static else "token",
         dynamic=not static,
@@ -51,7 +53,7 @@ def scheme(
     strategy: Literal["tensor", "channel", "group"] = "channel",
     group_size: int | None = None,
     symmetric: bool = True,
-    activations: Literal["int8", "fp8"] | None = None,
+    activations: Literal["int8", "fp8", "int4"] | None = None,
     static: bool = False,
     symmetric_activations: bool = True,
 ) -> QuantizationScheme:
@@ -83,7 +85,7 @@ def scheme(
 
 def scheme_of(
     spec: GridSpec | None,
-    activations: Literal["int8", "fp8"] | None = None,
+    activations: Literal["int8", "fp8", "int4"] | None = None,
     static: bool = False,
     symmetric_activations: bool = True,
 ) -> QuantizationScheme:

@@ -42,7 +42,7 @@ class Scheme:
     strategy: Literal["tensor", "channel", "group"] = "group"
     group_size: int | None = GROUP
     symmetric: bool = True
-    activations: Literal["int8", "fp8"] | None = None
+    activations: Literal["int8", "fp8", "int4"] | None = None
     dynamic: bool = True
 
     @property
@@ -66,6 +66,7 @@ SCHEMES: dict[str, Scheme] = {
     **{f"W{bits}A16": Scheme(bits) for bits in range(2, 9)},
     "W4A16_ASYM": Scheme(4, symmetric=False),
     **{f"W{bits}A8": Scheme(bits, activations="int8") for bits in range(2, 8)},
+    **{f"W{bits}A4": Scheme(bits, activations="int4") for bits in range(2, 5)},
     "W8A8": _INT8,
     "INT8": _INT8,
     "W4AFP8": Scheme(4, activations="fp8"),
@@ -83,7 +84,6 @@ _ABSENT = {
 }
 _FLOAT4 = "4-bit floats with a scale per block are not among hf_optim's formats"
 _MICROSCALED = "power-of-two scales of 32 values (MX formats) are not among hf_optim's formats"
-_INPUTS4 = "inputs of 4 bits are not among hf_optim's formats"
 REFUSED = {
     "UNQUANTIZED": "it quantizes nothing: leave the layers out with skip",
     "NVFP4": _FLOAT4,
@@ -91,7 +91,6 @@ REFUSED = {
     "FP8_BLOCK": "float8 weights with a scale per block of 128 x 128 are not among hf_optim's formats; FP8_DYNAMIC "
     "has one scale per output channel",
     **dict.fromkeys(("MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP6A8", "MXFP6A16", "MXFP8", "MXFP8A16"), _MICROSCALED),
-    **dict.fromkeys(("W2A4", "W3A4", "W4A4"), _INPUTS4),
 }
 
 

@@ -37,6 +37,14 @@ FP8_CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic":
 FP8_TOKEN = {**INT8_TOKEN, "type": "float"}
 
 COMPLETE = {
+    "inputs of 4 bits": (
+        quantization(config_groups=group(W4, {**INT8_TOKEN, "num_bits": 4})),
+        [{"technique": "rtn", "scheme": "W4A4"}],
+    ),
+    "rotations": (
+        stage(SpinQuantModifier={"rotations": ["R1"]}, QuantizationModifier={"scheme": "FP8", "ignore": ["lm_head"]}),
+        [{"technique": "rotation", "where": ["residual"]}, {"technique": "rtn", "scheme": "FP8"}],
+    ),
     "awq": (
         stage(AWQModifier={"scheme": "W4A16_ASYM", "targets": ["Linear"], "ignore": ["lm_head"], "n_grid": 20}),
         [{"technique": "awq", "scheme": "W4A16_ASYM"}, {"technique": "rtn", "scheme": "W4A16_ASYM"}],
@@ -183,10 +191,28 @@ PARTIAL = {
         [{"technique": "rtn", "scheme": "FP8_DYNAMIC"}],
         "signround cannot write this format; rounding to nearest (rtn)",
     ),
-    "rotations": (
-        stage(SpinQuantModifier={"rotations": ["R1"]}, QuantizationModifier={"scheme": "FP8", "ignore": ["lm_head"]}),
+    "rotations at run time of queries and keys": (
+        stage(SpinQuantModifier={"rotations": ["R1", "R2", "R3", "R4"]}, QuantizationModifier={"scheme": "W4A4"}),
+        [{"technique": "rotation", "online": True}, {"technique": "rtn", "scheme": "W4A4"}],
+        "no counterpart: SpinQuantModifier: R3",
+    ),
+    "rotations of one layer each": (
+        stage(QuIPModifier={"rotations": ["v", "u"]}, QuantizationModifier={"scheme": "FP8", "ignore": ["lm_head"]}),
         [{"technique": "rtn", "scheme": "FP8"}],
-        "no counterpart: SpinQuantModifier: rotations",
+        "no counterpart: QuIPModifier: it rotates each layer's inputs",
+    ),
+    "rotations of neither stream nor values": (
+        stage(SpinQuantModifier={"rotations": ["R4"]}, QuantizationModifier={"scheme": "FP8", "ignore": ["lm_head"]}),
+        [{"technique": "rtn", "scheme": "FP8"}],
+        "rotations without R1 and R2 have no step",
+    ),
+    "learned rotations in blocks": (
+        stage(
+            SpinQuantModifier={"transform_type": "random-matrix", "learnable": True, "transform_block_size": 64},
+            QuantizationModifier={"scheme": "W4A8", "ignore": ["lm_head"]},
+        ),
+        [{"technique": "rotation"}, {"technique": "rtn", "scheme": "W4A8"}],
+        "differs: SpinQuantModifier: transform_type 'random-matrix' has no counterpart",
     ),
     "gptq with static inputs": (
         gptq(config_groups=group({"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "strategy": "tensor"})),
@@ -199,10 +225,10 @@ PARTIAL = {
         [],
         "weights with a scale per 'block'",
     ),
-    "inputs of 4 bits": (
-        quantization(config_groups=group(W4, {**INT8_TOKEN, "num_bits": 4})),
+    "inputs of 6 bits": (
+        quantization(config_groups=group(W4, {**INT8_TOKEN, "num_bits": 6})),
         [],
-        "dynamic inputs of 4 bits with a scale per 'token'",
+        "dynamic inputs of 6 bits with a scale per 'token'",
     ),
     "a cache": (
         gptq(scheme="W4A16", kv_cache_scheme={"num_bits": 8}),

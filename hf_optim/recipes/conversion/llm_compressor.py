@@ -162,6 +162,7 @@ MODIFIERS: dict[str, Callable[[Fields, Notes, Steps], Steps]] = {
     "AWQModifier": quantizing.awq,
     "AutoRoundModifier": quantizing.auto_round,
     "SmoothQuantModifier": quantizing.smoothquant,
+    "SpinQuantModifier": quantizing.spinquant,
     "SparseGPTModifier": pruning.sparsegpt,
     "WandaPruningModifier": pruning.wanda,
     "MagnitudePruningModifier": pruning.magnitude,
@@ -169,8 +170,7 @@ MODIFIERS: dict[str, Callable[[Fields, Notes, Steps], Steps]] = {
 }
 UNKNOWN = {
     "LogarithmicEqualizationModifier": "logarithmic equalization is not among hf_optim's techniques",
-    "QuIPModifier": "rotations of weights and inputs are not among hf_optim's techniques",
-    "SpinQuantModifier": "rotations of weights and inputs are not among hf_optim's techniques",
+    "QuIPModifier": "it rotates each layer's inputs and outputs at run time, which no technique of hf_optim does",
     "REAPPruningModifier": "removing experts is not among hf_optim's techniques",
     "DistillationModifier": "see logit_kd of hf_optim, which trains",
 }

@@ -150,11 +150,12 @@ def _inputs(data: Any, group: Fields) -> dict[str, Any]:
     symmetric = args.flag("symmetric", True)
     args.drop("ranges of static inputs are the extrema of the calibration data", "observer")
     args.rest()
-    if bits != 8 or (strategy, dynamic) not in (("token", True), ("tensor", False)):
+    known = bits == 8 or (bits == 4 and kind == "int")
+    if not known or (strategy, dynamic) not in (("token", True), ("tensor", False)):
         how = f"{'dynamic' if dynamic else 'static'} inputs of {bits} bits with a scale per {shown(strategy)}"
         raise _Inexpressible(f"{how} are not among hf_optim's formats")
     return {
-        "activations": "fp8" if kind == "float" else "int8",
+        "activations": "fp8" if kind == "float" else f"int{int(bits)}",
         "dynamic": bool(dynamic),
         "symmetric_activations": symmetric,
     }

@@ -128,6 +128,29 @@ def smoothquant(modifier: Fields, notes: Notes, before: Steps) -> Steps:
     return [{**counterpart("smoothing"), "alpha": alpha}]
 
 
+def spinquant(modifier: Fields, notes: Notes, before: Steps) -> Steps:
+    """R1 is the residual stream, R2 the values, R4 the inputs of down projections; R3 turns queries and keys."""
+    modifier.drop("what is rotated is found by tracing", "mappings", "norm_mappings")
+    kind, size = str(modifier.take("transform_type", "hadamard")), modifier.take("transform_block_size")
+    modifier.drop("products are computed in float32 or wider", "precision")
+    modifier.drop("signs are drawn by the seed of the step", "randomize", "transform_config")
+    names = [name.upper() for name in modifier.names("rotations") or ["R1", "R2"]]
+    if modifier.flag("learnable", False):
+        modifier.change("learnable rotations: method learned of the step learns in another way")
+    if kind not in ("hadamard", "random-hadamard"):
+        modifier.change(f"transform_type {shown(kind)} has no counterpart: Hadamard matrices with random signs")
+    if size is not None:
+        modifier.change("transform_block_size has no counterpart: folded rotations mix all channels")
+    if "R3" in names:
+        notes.missing.append(f"{modifier.label}: R3 (rotated queries and keys) is not among hf_optim's techniques")
+    where = [site for name, site in (("R1", "residual"), ("R2", "values")) if name in names]
+    if not where:
+        notes.missing.append(f"{modifier.label}: rotations without R1 and R2 have no step of their own")
+        return []
+    chosen: dict[str, Any] = {} if len(where) == 2 else {"where": where}
+    return [{**counterpart("rotating"), **chosen, **({"online": True} if "R4" in names else {})}]
+
+
 def _smooths_a_norm(mapping: Any) -> bool:
     """Return True if a mapping (layers, and what they read) smooths the output of a norm."""
     smooth = (

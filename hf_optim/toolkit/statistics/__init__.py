@@ -2,7 +2,7 @@
 
 from ..topology import valid_rows
 from . import importance
-from .calibration_losses import calibration_loss
+from .calibration_losses import calibration_loss, counted_positions
 from .curvature import enable_double_backward, gradients, hessian_product, power_iteration, random_direction
 from .expert_tokens import (
     InputSquares,
@@ -37,6 +37,7 @@ __all__ = [
     "batch_size",
     "calibration_loss",
     "can_split",
+    "counted_positions",
     "enable_double_backward",
     "few_tokens_message",
     "few_tokens_paragraph",

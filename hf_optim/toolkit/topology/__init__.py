@@ -24,8 +24,10 @@ from .residual_permutation import find_residual_order, permute_residual_
 from .residual_stream import ResidualStream, find_residual_stream
 from .roles import Role, is_output_head, output_heads, roles, routes
 from .selection import match
+from .stream_rotation import RotatedNorm, StreamRotation, find_stream_rotations
 from .targets import default_takes, ineffective_pattern, left_alone, select_layers, unprunable_experts
 from .tracing import trace
+from .value_rotation import ValueHeads, find_value_heads
 from .weight_roles import weights_left_alone
 
 __all__ = [
@@ -42,6 +44,9 @@ __all__ = [
     "PrunableGroups",
     "ResidualStream",
     "Role",
+    "RotatedNorm",
+    "StreamRotation",
+    "ValueHeads",
     "blocks",
     "coupled_layers",
     "coverage",
@@ -58,6 +63,8 @@ __all__ = [
     "find_prunable_groups",
     "find_residual_order",
     "find_residual_stream",
+    "find_stream_rotations",
+    "find_value_heads",
     "group_by_block",
     "has_experts",
     "ineffective_pattern",

@@ -65,10 +65,10 @@ def _norm_groups(trace: Trace, block: ModuleScope | None) -> Iterator[NormGroup]
     for name in dict.fromkeys(call.name for call in trace.calls):
         if block is not None and not block.holds(name):
             continue
-        if not _looks_like_norm(trace, name):
+        if not is_norm(trace, name):
             continue
         names, others, other_weights = _readers(trace, name)
-        offset = _offset(trace, name) if names or other_weights else None
+        offset = norm_offset(trace, name) if names or other_weights else None
         if offset is None:
             continue
         width = trace.modules[name].get_parameter("weight").numel()
@@ -89,7 +89,7 @@ def _norm_groups(trace: Trace, block: ModuleScope | None) -> Iterator[NormGroup]
         )
 
 
-def _looks_like_norm(trace: Trace, name: str) -> bool:
+def is_norm(trace: Trace, name: str) -> bool:
     """Return True if a module has a ``weight [d]``, perhaps a ``bias [d]``, and maps ``[..., d]`` to ``[..., d]``."""
     module = trace.modules[name]
     parameters = dict(module.named_parameters())
@@ -104,7 +104,7 @@ def _looks_like_norm(trace: Trace, name: str) -> bool:
     )
 
 
-def _offset(trace: Trace, name: str) -> float | None:
+def norm_offset(trace: Trace, name: str) -> float | None:
     """Return ``_gain_offset``, computed once for norms of the same class, size and settings."""
     module = trace.modules[name]
     settings = tuple((key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str)))

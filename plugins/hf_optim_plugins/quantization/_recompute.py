@@ -399,3 +399,25 @@ def _words(columns: int, bits: float) -> float:
         return 4 * -(-columns * width // 32)
 
     return whole(int(bits)) + (bits - int(bits)) * (whole(int(bits) + 1) - whole(int(bits)))
+
+
+def rotation(case: Any, step: Any) -> dict[str, Any]:
+    """Return how many streams and attentions were rotated, by the weights that changed, and if the head was untied.
+
+    A stream has been rotated if the embedding's columns have other values but the same inner products; an attention if
+    its output projection's columns have, or its values' rows where the stream is rotated too.
+    """
+    old, new = (model.get_input_embeddings() for model in (case.before, case.after))
+    turned = old is not None and hasattr(old, "weight") and not torch.allclose(old.weight, new.weight, atol=1e-5)
+    heads = [
+        pair for pair in topology.find_value_heads(topology.trace(case.before)) if not _same_gram(case, pair, turned)
+    ]
+    tied = [bool(getattr(model.config, "tie_word_embeddings", False)) for model in (case.before, case.after)]
+    return {"streams": int(turned), "attentions": len(heads), "head_untied": tied[0] and not tied[1]}
+
+
+def _same_gram(case: Any, heads: Any, turned: bool) -> bool:
+    """Return True if the values of an attention were not rotated: inner products over the other dimension are kept."""
+    old, new = (case.weight(model, heads.producer)[heads.rows.flatten()] for model in (case.before, case.after))
+    grams = [weight @ weight.T for weight in (old, new)] if turned else [old, new]
+    return torch.allclose(*grams, atol=1e-5)

@@ -110,8 +110,8 @@ class GPTQ(Technique):
         refine: rounds of refinement after the recursion: scales fitted to the codes, then one sweep over the codes.
             0 for the recursion alone, the paper's method.
         act_order: process the columns of the largest inputs (mean square) first.
-        activations: quantize the inputs of the layers to ``"int8"``, each token on its own grid (W4A8); later blocks
-            are calibrated on the result.
+        activations: quantize the inputs of the layers to ``"int8"`` or ``"int4"``, each token on its own grid
+            (W4A8, W4A4); later blocks are calibrated on the result.
         damp: share of the mean diagonal of the Hessian added to its diagonal; raised tenfold if the factorization
             fails. The paper's is 1 %.
         block_size: columns between two updates of the rest (on CUDA, 256 at most); changes the result by rounding
@@ -127,7 +127,7 @@ class GPTQ(Technique):
     group_size: int | None = option(128, low=1)
     symmetric: bool = True
     observer: Literal["minmax", "mse"] = "minmax"
-    activations: Literal["int8"] | None = None
+    activations: Literal["int8", "int4"] | None = None
     norm: float = option(2.4, low=1.0)
     weigh_inputs: bool = False
     signed_scales: bool = False

@@ -108,7 +108,7 @@ class LKD(Technique):
         symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``);
             recomputed at every step.
-        activations: quantize the inputs of the layers to ``"int8"``, each token on its own grid.
+        activations: quantize the inputs of the layers to ``"int8"`` or ``"int4"``, each token on its own grid.
         learning_rate: of Adam, in units of the weights; it decays linearly to 0. 0 trains nothing. A code that a
             quantizer chose changes once its weight has moved half a grid step: after a quantizer, the rate times
             ``steps`` should exceed that.
@@ -126,7 +126,7 @@ class LKD(Technique):
     group_size: int | None = option(128, low=1)
     symmetric: bool = True
     observer: Literal["minmax", "mse"] = "minmax"
-    activations: Literal["int8"] | None = None
+    activations: Literal["int8", "int4"] | None = None
     learning_rate: float = option(5e-4, low=0.0)
     steps: int = option(100, low=0)
     batch_size: int = option(32, low=1)

@@ -70,7 +70,7 @@ class RTN(Technique):
         symmetric: no zero points for weights. Asymmetric codes are stored one to a byte (see
             ``hf_optim.compressed.scheme``).
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``).
-        activations: quantize the inputs of the layers to ``"int8"`` or ``"fp8"``.
+        activations: quantize the inputs of the layers to ``"int8"``, ``"fp8"`` or ``"int4"``.
         dynamic: compute the scale of the inputs on the fly, per token. False: one scale per layer from calibration
             data.
         symmetric_activations: no zero point for the inputs' grid.
@@ -84,13 +84,13 @@ class RTN(Technique):
     group_size: int | None = option(None, low=1)
     symmetric: bool = True
     observer: Literal["minmax", "mse"] = "minmax"
-    activations: Literal["int8", "fp8"] | None = None
+    activations: Literal["int8", "fp8", "int4"] | None = None
     dynamic: bool = True
     symmetric_activations: bool = True
 
     def validate(self) -> None:
         if self.bits is None and self.activations is None:
-            raise RecipeError("rtn: bits: null quantizes nothing without activations: int8 or fp8")
+            raise RecipeError("rtn: bits: null quantizes nothing without activations: int8, int4 or fp8")
         if self.format == "fp8" and (self.bits != 8 or not self.symmetric):
             raise RecipeError(
                 "rtn: format fp8 has 8 bits and no zero point; leave bits and symmetric at their defaults"
@@ -154,7 +154,7 @@ class RTN(Technique):
         self, layer: nn.Linear, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kind: Literal["int", "float"] = "float" if self.activations == "fp8" else "int"
-        spec = GridSpec(8, kind, "tensor", None, self.symmetric_activations)
+        spec = GridSpec(4 if self.activations == "int4" else 8, kind, "tensor", None, self.symmetric_activations)
         return qparams_from_range(low, high, spec, layer.weight.dtype)
 
     @hookimpl

@@ -70,7 +70,8 @@ class SignRound(Technique):
         observer: the range that is learned is a share of that of the weights (``"minmax"``, the paper), or of the range
             with the least squared error of the weights (``"mse"``).
         signed_scales: scales of symmetric grids may be negative; not the paper's.
-        activations: quantize the inputs of the layers to ``"int8"``, each token on its own grid, in training too.
+        activations: quantize the inputs of the layers to ``"int8"`` or ``"int4"``, each token on its own
+            grid, in training too.
         optimizer: ``"sign"``, the paper's, or ``"adam"``.
         steps: of the optimizer for each block.
         batch_size: sequences per step, in whole calibration batches.
@@ -91,7 +92,7 @@ class SignRound(Technique):
     symmetric: bool = True
     observer: Literal["minmax", "mse"] = "minmax"
     signed_scales: bool = False
-    activations: Literal["int8"] | None = None
+    activations: Literal["int8", "int4"] | None = None
     optimizer: Literal["sign", "adam"] = "sign"
     steps: int = option(200, low=0)
     batch_size: int = option(8, low=1)
