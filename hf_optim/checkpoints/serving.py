@@ -230,7 +230,7 @@ def _shape_problems(server: Server, layer: Layer, scheme: Scheme, fused: int) ->
         points = local.get("weight_zero_point")
         if not scheme.symmetric and (points is None or points.shape[:1] != (math.ceil(outputs * scheme.bits / 32),)):
             yield "has zero points that are not packed along its outputs"
-    elif "weight_packed" in local and scheme.format != "nvfp4-pack-quantized":
+    elif "weight_packed" in local and scheme.format not in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         yield f"has packed codes, and its format is {scheme.format}"
     rule = server.rules.get(scheme.kind, Rule())
     if rule.shapes and not layer.expert and not _fits(rule, inputs, fused or outputs):

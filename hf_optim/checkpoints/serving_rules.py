@@ -63,6 +63,8 @@ class Scheme:
             return "FP8" if self.inputs is None or self.inputs.type == "float" else "other"
         if self.format == "nvfp4-pack-quantized" and self.strategy == "tensor_group" and self.group_size == 16:
             return "NVFP4"
+        if self.format == "mxfp4-pack-quantized" and self.strategy == "group" and self.group_size == 32:
+            return "MXFP4" if self.inputs is None else "other"
         return "other"
 
     @property
@@ -178,6 +180,7 @@ VLLM = Server(
             strategies=("tensor", "channel", "block"), note="below compute capability 8.9 it does not quantize inputs"
         ),
         "NVFP4": Rule(bits=(4,)),
+        "MXFP4": Rule(bits=(4,)),
         "bytes": Rule(refused=_UNPACKED),
     },
     expert_rules={

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .float4 import float4_format, pack_float4
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -27,6 +28,8 @@ def pack(local: Mapping[str, torch.Tensor], scheme: QuantizationScheme) -> dict[
         return dict(local)
     if "weight_g_idx" in local:
         return None
+    if float4_format(scheme.weights):
+        return pack_float4(local, scheme)
     from compressed_tensors.compressors import BaseCompressor
 
     compressor = BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))

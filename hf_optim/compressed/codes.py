@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .float4 import (
+    GLOBAL,
+    decode_float4,
+    float4_format,
+    holds_float4,
+    recover_float4,
+    state_tensors,
+    stored_tensors,
+)
 from .weights import Codes
 
 if TYPE_CHECKING:
@@ -26,6 +35,8 @@ OFF_GRID = "its weight is not on the grid of its scales (changed since it was qu
 def decode(codes: Codes, bits: int, dtype: torch.dtype) -> Tensor:
     """Decode the weight ``[out, in]`` in ``dtype``, with its columns in the order of the layer's input."""
     values, scale = codes.codes, codes.scale
+    if holds_float4(codes):
+        return decode_float4(codes, dtype)
     if scale is None:
         weight = values.to(dtype)
     else:
@@ -79,7 +90,7 @@ def to_signed(codes: Tensor, bits: int) -> Tensor:
 
 def group_size_of(args: QuantizationArgs, columns: int) -> int:
     """Return the number of columns that share a scale, for a weight with ``columns`` columns."""
-    return int(args.group_size) if args.strategy == "group" else columns
+    return int(args.group_size) if args.strategy in ("group", "tensor_group") else columns
 
 
 @torch.no_grad()
@@ -94,6 +105,11 @@ def recover_codes(module: nn.Module) -> Codes:
     scheme: Any = module.quantization_scheme
     args, weight = scheme.weights, module.get_parameter("weight").detach()
     rows, columns = weight.shape
+    if float4_format(args):
+        found = recover_float4(weight, module.get_parameter("weight_scale"), getattr(module, GLOBAL, None), args)
+        if not torch.equal(decode(found, args.num_bits, weight.dtype), weight):
+            raise ValueError(OFF_GRID)
+        return found
     size = group_size_of(args, columns)
     g_idx = getattr(module, "weight_g_idx", None)
     order = None if g_idx is None else column_order(g_idx, size)
@@ -128,6 +144,8 @@ def _detached(module: nn.Module, name: str) -> Tensor | None:
 def scale_tensors(codes: Codes, scheme: QuantizationScheme) -> dict[str, Tensor]:
     """Return ``weight_scale`` and ``weight_zero_point`` in the shapes of the decoded state and the checkpoint."""
     args = scheme.weights
+    if holds_float4(codes):
+        return state_tensors(codes)
     assert codes.scale is not None
     tensors = {"weight_scale": _per_tensor(codes.scale, args)}
     if not args.symmetric:
@@ -144,6 +162,8 @@ def _per_tensor(values: Tensor, args: QuantizationArgs) -> Tensor:
 def checkpoint_tensors(codes: Codes, scheme: QuantizationScheme) -> dict[str, Tensor]:
     """Return the tensors of a layer in a compressed-tensors checkpoint, by local name. ``codes.order`` must be None."""
     args = scheme.weights
+    if holds_float4(codes):
+        return stored_tensors(codes, args)
     tensors = scale_tensors(codes, scheme)
     values = _stored_values(codes, args)
     if scheme.format != "pack-quantized":
@@ -172,6 +192,8 @@ def is_sparse24(matrix: Tensor) -> bool:
 
 def store_arguments(codes: Codes, scheme: QuantizationScheme) -> Mapping[str, Any]:
     """Return the arguments of ``state.store`` that put a layer into the state of these codes."""
+    if holds_float4(codes):
+        return {"codes": codes.codes, "scale": codes.scale, "global_scale": codes.global_scale}
     tensors = scale_tensors(codes, scheme)
     return {
         "codes": _stored_values(codes, scheme.weights),

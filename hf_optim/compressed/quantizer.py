@@ -23,6 +23,7 @@ from .experts import (
     discard_decoding,
     expert_schemes,
 )
+from .packed.mxfp4_experts import native_config, native_experts, native_state_dict
 from .quantization_config import quantization_config, stored_schemes
 from .state import quantized_modules
 from .state_dict import packed_state_dict
@@ -58,6 +59,9 @@ def quantizer_class() -> type:
                 return None, {}  # save_pretrained then saves the adapter only
             discard_decoding(model)
             keep_model_names(model)
+            if native_experts(model):
+                self.quantization_config = model.config.quantization_config = native_config(model)
+                return native_state_dict(model), {}
             state, off_grid = packed_state_dict(model)
             if off_grid:
                 logger.warning(
@@ -165,11 +169,16 @@ def attach_quantizer(model: Any) -> None:
     if no module is quantized.
     """
     apply_packing_fallback(model)
-    schemes = stored_schemes(model)
-    if not schemes:
-        raise ModelError("no module of this model is quantized")
-    config = quantization_config(model, schemes)
-    model.hf_quantizer = quantizer_class()(config)
+    if native_experts(model):
+        config: Any = native_config(model)
+        model.hf_quantizer = _empty_quantizer()
+        vars(model.hf_quantizer).update(quantization_config=config, pre_quantized=True)
+    else:
+        schemes = stored_schemes(model)
+        if not schemes:
+            raise ModelError("no module of this model is quantized")
+        config = quantization_config(model, schemes)
+        model.hf_quantizer = quantizer_class()(config)
     model.quantization_method = config.quant_method
     model.is_quantized = True
     model.config.quantization_config = config

@@ -34,6 +34,7 @@ from ..trust.code import is_stock
 from .codec import scheme_on
 from .dense_conversions import keep_model_names
 from .experts import SCALE, attach_expert_schemes, expert_schemes, per_channel
+from .float4 import GLOBAL, float4_format
 from .quantization_config import quantization_config, stored_schemes
 from .quantizer import packed_modules, packing_fits
 from .schemes import embedding_scheme
@@ -198,6 +199,8 @@ def _claim(module: nn.Module, scheme: QuantizationScheme) -> None:
     if scheme.weights is not None:
         scale = weight.new_empty(len(weight), 1)
         _register(module, "weight_scale", scale)
+        if float4_format(scheme.weights) == "nvfp4":
+            _register(module, GLOBAL, weight.new_empty(1, dtype=torch.float32))
         if not scheme.weights.symmetric:
             _register(module, "weight_zero_point", torch.empty_like(scale, dtype=torch.int8))
     inputs = scheme.input_activations

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from .float4 import FORMATS
+
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -83,6 +85,16 @@ def scheme(
     return made
 
 
+def float4_scheme(format: str) -> QuantizationScheme:
+    """Build the scheme of weights of 4-bit floats with inputs as they are: ``"nvfp4"`` (NVFP4A16) or ``"mxfp4"``."""
+    from compressed_tensors.config import CompressionFormat
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    made: QuantizationScheme = preset_name_to_scheme(f"{format.upper()}A16", ["Linear"])
+    made.format = CompressionFormat(FORMATS[format])
+    return made
+
+
 def scheme_of(
     spec: GridSpec | None,
     activations: Literal["int8", "fp8", "int4"] | None = None,
@@ -91,6 +103,8 @@ def scheme_of(
 ) -> QuantizationScheme:
     """Build the scheme of weights on a grid (None: unquantized weights); for the other arguments see ``scheme``."""
     inputs = (activations, static, symmetric_activations)
+    if spec is not None and spec.is_float4:
+        return float4_scheme(spec.type)
     if spec is None:
         return scheme(None, "int", "channel", None, True, *inputs)
     return scheme(spec.bits, spec.type, spec.strategy, spec.group_size, spec.symmetric, *inputs)  # type: ignore[arg-type]

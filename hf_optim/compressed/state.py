@@ -17,13 +17,24 @@ from ..errors import CheckpointError, ModelError
 from ..toolkit.topology.experts import ExpertLinear
 from .codec import check_fit, dequantize, quantize_input, scheme_on
 from .experts import SCALE, attach_expert_schemes, clear_experts, expert_schemes, store_expert
+from .float4 import (
+    GLOBAL,
+    decode_float4,
+    float4_format,
+    from_grid,
+    require_fit,
+    require_stock_dtype,
+    spread,
+    state_tensors,
+)
 from .quantized_forward import QuantizedForward
 from .schemes import embedding_scheme
+from .weights import Codes
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-PARAMETERS = ("weight_scale", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point")
+PARAMETERS = ("weight_scale", "weight_zero_point", "weight_g_idx", GLOBAL, "input_scale", "input_zero_point")
 
 
 @torch.no_grad()
@@ -36,6 +47,7 @@ def store(
     input_scale: torch.Tensor | None = None,
     input_zero_point: torch.Tensor | None = None,
     g_idx: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> None:
     """Put a linear layer or an embedding into the quantized state, in place.
 
@@ -52,6 +64,9 @@ def store(
         input_scale, input_zero_point: ``[1]``, for statically quantized inputs.
         g_idx: int32 ``[in]``, the group of each column of the layer's input, if the columns of a group are not
             adjacent; the columns of ``codes`` are then sorted by group.
+        global_scale: of NVFP4, float32 ``[1]`` (``Grid.global_scale``), or ``[out, 1]`` of one number. 4-bit floats are
+            given as a ``Grid`` has them (floating-point scales), for which the weight must be in bfloat16, since stock
+            transformers decodes to no other dtype; or as ``Codes`` has them (8-bit scales), in any dtype.
 
     Raises ``ModelError`` if the module or the tensors do not fit the scheme.
     """
@@ -64,6 +79,9 @@ def store(
         scheme = embedding_scheme(scheme)
     clear(module)
     weight = module.weight
+    if float4_format(scheme.weights):
+        _store_float4(module, scheme, codes, scale, global_scale)
+        return
     if scheme.weights is not None:
         check_fit(weight, scheme, codes, scale, zero_point)
         assert codes is not None
@@ -85,6 +103,25 @@ def store(
             integer = torch.int32 if name == "weight_g_idx" else torch.int8
             value = value.to(weight.device, weight.dtype if value.is_floating_point() else integer)
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
+    weight.requires_grad_(False)
+    _quantize_forward(module, scheme)
+
+
+def _store_float4(module: Any, scheme: QuantizationScheme, codes: Any, scale: Any, shared: Any) -> None:
+    """Put a layer into the decoded state of 4-bit floats; arguments as of ``store``."""
+    args, weight = scheme.weights, module.weight
+    if codes is None or scale is None:
+        raise ModelError("quantized weights need codes and scales")
+    if scale.itemsize > 1:
+        require_stock_dtype(type(module).__name__, module)
+        found = from_grid(codes, scale, shared, args)
+    else:
+        column = None if shared is None else spread(shared.flatten()[:1], len(codes))
+        found = Codes(codes, scale, None, global_scale=column)
+    require_fit(weight, found, args)
+    weight.copy_(decode_float4(found, weight.dtype))
+    for name, value in state_tensors(found).items():
+        module.register_parameter(name, nn.Parameter(value.to(weight.device), requires_grad=False))
     weight.requires_grad_(False)
     _quantize_forward(module, scheme)
 

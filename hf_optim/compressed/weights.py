@@ -34,12 +34,14 @@ class Codes:
 
     Attributes:
         codes: ``[out, in]``; uint8 in [0, 2^bits) for integers (a signed code c is stored as c + 2^(bits - 1)),
-            float8_e4m3fn for floats; the weight itself if it is not quantized.
-        scale: ``[out, groups]``, in the dtype of the layer; None for a weight that is not quantized.
+            float8_e4m3fn for floats, uint8 e2m1 patterns for 4-bit floats; the weight itself if it is not quantized.
+        scale: ``[out, groups]``, in the dtype of the layer; float8_e4m3fn (NVFP4) or float8_e8m0fnu (MXFP4) for 4-bit
+            floats; None for a weight that is not quantized.
         zero: uint8 ``[out, groups]`` in [0, 2^bits); None if it is 2^(bits - 1) everywhere (symmetric).
         order: int64 ``[in]``: the stored column j is column ``order[j]`` of the layer's input; None for the identity.
         input_scale: ``[1]``, for statically quantized inputs.
         input_zero: ``[1]``, for statically quantized asymmetric inputs, as a signed number.
+        global_scale: float32 ``[out, 1]``, by which scales are divided (NVFP4); None for other formats.
     """
 
     codes: Tensor
@@ -48,6 +50,7 @@ class Codes:
     order: Tensor | None = None
     input_scale: Tensor | None = None
     input_zero: Tensor | None = None
+    global_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,8 @@ class QuantizedWeight:
         shape: ``[out, in]``.
         dtype: dtype of the layer's inputs, outputs and bias.
         device: device of the weight.
-        kind: integers, floats, or a weight that is not quantized (2:4 sparse).
+        kind: integers, floats of 8 bits, of 4 bits (NVFP4 in groups of 16, MXFP4 in groups of 32), or a weight that is
+            not quantized (2:4 sparse).
         bits: bits of a code; of the dtype for ``"dense"``.
         group_size: columns that share a scale; ``in`` for one scale per row.
         symmetric: no zero points.
@@ -78,7 +82,7 @@ class QuantizedWeight:
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    kind: Literal["int", "float", "dense"]
+    kind: Literal["int", "float", "float4", "dense"]
     bits: int
     group_size: int
     symmetric: bool

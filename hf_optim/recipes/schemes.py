@@ -29,7 +29,7 @@ class Scheme:
 
     Attributes:
         bits: of a weight.
-        type: ``"int"``, or ``"float"``: float8 (e4m3).
+        type: ``"int"``, ``"float"``: float8 (e4m3), or the 4-bit floats ``"nvfp4"`` and ``"mxfp4"``.
         strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"``.
         group_size: inputs that share a scale, with the strategy ``"group"``.
         symmetric: no zero points.
@@ -38,7 +38,7 @@ class Scheme:
     """
 
     bits: int
-    type: Literal["int", "float"] = "int"
+    type: Literal["int", "float", "nvfp4", "mxfp4"] = "int"
     strategy: Literal["tensor", "channel", "group"] = "group"
     group_size: int | None = GROUP
     symmetric: bool = True
@@ -50,7 +50,7 @@ class Scheme:
         """The scheme in the field names that quantizing techniques share."""
         return {
             "bits": self.bits,
-            "format": "fp8" if self.type == "float" else "int",
+            "format": "fp8" if self.type == "float" else self.type,
             "strategy": "tensor" if self.strategy == "tensor" else None,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
@@ -72,25 +72,27 @@ SCHEMES: dict[str, Scheme] = {
     "W4AFP8": Scheme(4, activations="fp8"),
     "FP8": Scheme(8, "float", "tensor", None, activations="fp8", dynamic=False),
     "FP8_DYNAMIC": Scheme(8, "float", activations="fp8", **_CHANNEL),
+    "NVFP4A16": Scheme(4, "nvfp4", group_size=16),
+    "MXFP4A16": Scheme(4, "mxfp4", group_size=32),
 }
 # What a field means if a technique does not have it; any other value of the scheme is refused.
 _ABSENT = {
-    "format": ("int", "float8 weights"),
+    "format": ("int", "float8 or float4 weights"),
     "strategy": (None, "one scale per tensor"),
     "symmetric": (True, "zero points"),
     "activations": (None, "quantized inputs"),
     "dynamic": (True, "static scales of the inputs"),
     "symmetric_activations": (True, "zero points of the inputs"),
 }
-_FLOAT4 = "4-bit floats with a scale per block are not among hf_optim's formats"
-_MICROSCALED = "power-of-two scales of 32 values (MX formats) are not among hf_optim's formats"
+_FLOAT4 = "inputs of 4-bit floats are not among hf_optim's formats; {} has the same weights, and plain inputs"
+_MICROSCALED = "MX formats of other bits than 4, or of inputs, are not among hf_optim's formats"
 REFUSED = {
     "UNQUANTIZED": "it quantizes nothing: leave the layers out with skip",
-    "NVFP4": _FLOAT4,
-    "NVFP4A16": _FLOAT4,
+    "NVFP4": _FLOAT4.format("NVFP4A16"),
+    "MXFP4": _FLOAT4.format("MXFP4A16"),
     "FP8_BLOCK": "float8 weights with a scale per block of 128 x 128 are not among hf_optim's formats; FP8_DYNAMIC "
     "has one scale per output channel",
-    **dict.fromkeys(("MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP6A8", "MXFP6A16", "MXFP8", "MXFP8A16"), _MICROSCALED),
+    **dict.fromkeys(("MXFP4XFP8", "MXFP6A8", "MXFP6A16", "MXFP8", "MXFP8A16"), _MICROSCALED),
 }
 
 
@@ -108,14 +110,15 @@ def technique_of(name: str) -> str:
 def describe_scheme(name: str) -> dict[str, str]:
     """Return the name of a scheme, the step that it runs alone, and what it stores, in words."""
     scheme = SCHEMES[name]
-    kind = "float8" if scheme.type == "float" else f"int{scheme.bits}"
+    kind = {"float": "float8", "int": f"int{scheme.bits}"}.get(scheme.type, "float4 (e2m1)")
     shared = {"group": f"a group of {scheme.group_size} inputs", "channel": "an output channel", "tensor": "a tensor"}
     zero = "" if scheme.symmetric else " and one zero point"
     inputs = "inputs as they are"
     if scheme.activations is not None:
         inputs_kind = "float8" if scheme.activations == "fp8" else scheme.activations
         inputs = f"inputs {inputs_kind}, one scale for {'a token' if scheme.dynamic else 'a tensor, calibrated'}"
-    stored = f"weights {kind}, one scale{zero} for {shared[scheme.strategy]}; {inputs}"
+    one = {"nvfp4": "one e4m3 scale", "mxfp4": "one power of two"}.get(scheme.type, "one scale")
+    stored = f"weights {kind}, {one}{zero} for {shared[scheme.strategy]}; {inputs}"
     return {"name": name, "technique": technique_of(name), "stored": stored}
 
 

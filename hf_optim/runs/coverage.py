@@ -140,6 +140,8 @@ def _note_groups(run: Run, step: Technique, names: set[str], entry: dict[str, An
         weights: Any = getattr(getattr(module, "quantization_scheme", None), "weights", None)
         size, width = getattr(weights, "group_size", None), getattr(module, "in_features", None)
         scale = getattr(module, "weight_scale", None)
+        if getattr(weights, "type", None) == "float":
+            continue  # groups of a format, not of the step
         if size and width and scale is not None and size != min(asked, width):
             packed = str(getattr(module.quantization_scheme.format, "value", module.quantization_scheme.format))
             stored = stored_bits(

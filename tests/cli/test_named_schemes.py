@@ -37,7 +37,7 @@ def test_list_describes_a_scheme_as_a_step_that_check_accepts(name, capsys, tmp_
 def test_a_scheme_that_cannot_be_written_is_refused_by_every_command(capsys):
     for command, status in ((["list", "NVFP4"], 2), (["check", "nvfp4"], 1)):
         assert main(command) == status
-        assert "scheme NVFP4 cannot be written: 4-bit floats" in capsys.readouterr().err
+        assert "scheme NVFP4 cannot be written: inputs of 4-bit floats" in capsys.readouterr().err
 
 
 def test_a_scheme_that_shares_its_letters_with_a_recipe_says_which_one_runs(capsys):

@@ -219,7 +219,7 @@ PARTIAL = {
         [{"technique": "rtn", "bits": 8, "group_size": None, "activations": "int8", "dynamic": False}],
         "gptq cannot write this format; rounding to nearest (rtn)",
     ),
-    "nvfp4": (quantization(scheme="NVFP4"), [], "NVFP4: 4-bit floats with a scale per block"),
+    "nvfp4": (quantization(scheme="NVFP4"), [], "NVFP4: inputs of 4-bit floats"),
     "blocks": (
         quantization(config_groups=group({**FP8_CHANNEL, "strategy": "block", "block_structure": [128, 128]})),
         [],

@@ -13,8 +13,9 @@ from hf_optim import OptimConfig, RecipeError, compressed, optimize
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.recipes.config import shipped_recipes
 from hf_optim.recipes.schemes import REFUSED, SCHEMES
+from hf_optim.toolkit.quantization import GridSpec
 
-QUANTIZING = ("rtn", "gptq", "obq", "zeroquant", "lkd", "qat")
+QUANTIZING = ("rtn", "gptq", "obq", "zeroquant", "lkd", "signround", "qat")
 ARGS = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic", "block_structure", "scale_dtype")
 
 
@@ -69,6 +70,10 @@ def test_a_step_takes_a_scheme_or_says_that_it_cannot(technique):
             continue
         accepted.append(name)
         kind, inputs = getattr(step, "format", "int"), getattr(step, "activations", None)
+        if kind in ("nvfp4", "mxfp4"):
+            made = compressed.scheme_of(GridSpec(step.bits, kind, "group", step.group_size))
+            assert stored({"weights": made.weights, "input_activations": None}) == preset(name)
+            continue
         made = compressed.scheme(
             step.bits,
             "float" if kind == "fp8" else "int",
@@ -82,6 +87,7 @@ def test_a_step_takes_a_scheme_or_says_that_it_cannot(technique):
     assert {"W4A16", "W3A16", "W8A16"} <= set(accepted)
     assert all(text.startswith(f"{technique} cannot quantize to {name}") for name, text in refused.items())
     assert ("FP8" in accepted) == (technique in ("rtn", "qat"))
+    assert ("NVFP4A16" in accepted) == ("MXFP4A16" in accepted) == (technique in ("rtn", "gptq", "signround"))
 
 
 @pytest.mark.parametrize("technique", ["gobo", "peg", "llm_int8", "mixed_precision", "qbert", "magnitude", "logit_kd"])

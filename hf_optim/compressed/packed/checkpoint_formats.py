@@ -10,6 +10,8 @@ from torch import nn
 from ...errors import CheckpointError, ModelError
 from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, UnsupportedCheckpoint
 from ...trust.bounds import first_line
+from ..float4 import FORMATS as FLOAT4
+from ..float4 import float4_format
 from .describe import scheme_unsupported_reason
 from .layouts import CompressedTensorsLayout, Layout
 from .word_formats import CheckpointFormat, auto_round_format, awq_format, gptq_format
@@ -34,6 +36,7 @@ def parse_checkpoint_format(config: Mapping[str, Any]) -> CheckpointFormat:
         Method.GPTQ.value: gptq_format,
         Method.AWQ.value: awq_format,
         Method.AUTOROUND.value: auto_round_format,
+        Method.MXFP4.value: _mxfp4,
     }
     if not isinstance(method, str) or method not in parsers:
         raise UnsupportedCheckpoint(f"quant_method {method!r}")
@@ -127,7 +130,8 @@ def _layout(scheme: QuantizationScheme, default_format: Any) -> CompressedTensor
         raise UnsupportedCheckpoint(reason)
     format = scheme.format or default_format
     stored = str(getattr(format, "value", format))
-    if stored not in FORMATS:
+    kind = float4_format(scheme.weights)
+    if stored not in FORMATS and stored != FLOAT4.get(kind):
         raise UnsupportedCheckpoint(f"format {stored!r}")
     kept = scheme.model_copy(deep=True)
     kept.format = CompressionFormat(stored)
@@ -156,3 +160,9 @@ def _matched(
             continue
         found[name] = layout
     return found
+
+
+def _mxfp4(config: Mapping[str, Any]) -> CheckpointFormat:
+    if config.get("dequantize"):
+        raise UnsupportedCheckpoint("its configuration asks for decoded weights")
+    return lambda model, headers: {}  # experts alone are quantized: ``mxfp4_experts``

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..codes import group_size_of, is_sparse24, recover_codes
+from ..float4 import float4_format
 from ..weights import Codes, InputQuantization, QuantizedWeight
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 OFFLOADED = "its weight is offloaded"
 
@@ -24,6 +25,8 @@ def scheme_unsupported_reason(scheme: QuantizationScheme) -> str:
         return "its weights are not quantized"
     if scheme.output_activations is not None:
         return "its outputs are quantized"
+    if float4_format(weights):
+        return "" if inputs is None else "inputs of 4-bit floats"
     if weights.strategy not in ("tensor", "channel", "group"):
         return f"scales per {_plain(weights.strategy)}"
     fits = weights.num_bits == 8 and bool(weights.symmetric) if weights.type == "float" else 2 <= weights.num_bits <= 8
@@ -55,7 +58,7 @@ def describe_weight(
         name: qualified name of the layer.
         shape: ``[out, in]``.
         scheme: how weights and inputs are quantized.
-        scale: its dtype and device are those of the weight.
+        scale: its dtype and device are those of the weight; of 4-bit floats, a tensor in the dtype of the model.
         bias: ``[out]``, or None.
         codes, ordered, sparse24: see ``QuantizedWeight``.
         outliers: threshold for outlier decomposition; ignored unless the weight has the form that
@@ -67,7 +70,7 @@ def describe_weight(
         shape=shape,
         dtype=scale.dtype,
         device=scale.device,
-        kind="float" if args.type == "float" else "int",
+        kind=weight_kind(args),
         bits=args.num_bits,
         group_size=group_size_of(args, shape[1]),
         symmetric=bool(args.symmetric),
@@ -125,7 +128,7 @@ def describe_module(
     scale: Any = getattr(module, "weight_scale", None)
     if scale is None:
         return "it has no weight_scale"
-    if scale.dtype != weight.dtype:
+    if scale.dtype != weight.dtype and not float4_format(scheme.weights):
         return f"its scales are {scale.dtype}, its weight is {weight.dtype}"
     g_idx = getattr(module, "weight_g_idx", None)
     size = group_size_of(scheme.weights, weight.shape[1])
@@ -162,6 +165,13 @@ def _describe_dense(name: str, module: nn.Linear, weight: Tensor) -> QuantizedWe
         bias=None if module.bias is None else module.bias.detach(),
         codes=lambda: Codes(weight, None, None),
     )
+
+
+def weight_kind(args: QuantizationArgs) -> Literal["int", "float", "float4"]:
+    """Return the kind of a quantized weight, as ``QuantizedWeight`` names it."""
+    if args.type != "float":
+        return "int"
+    return "float4" if args.num_bits == 4 else "float"
 
 
 def _plain(value: Any) -> Any:

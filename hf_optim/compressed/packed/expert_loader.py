@@ -60,12 +60,15 @@ class PlaceholderExperts(nn.Module):
     """A module of experts while their compressed tensors are loaded."""
 
 
-def _placeholder(former: type[nn.Module]) -> Any:
-    """Return the class of such a module: its stacked parameters are tensors without data, marked as initialized."""
+def placeholder_class(former: type[nn.Module], key: str) -> Any:
+    """Return the class of such a module: its stacked parameters are tensors without data, marked as initialized.
+
+    ``key`` is the instance attribute with their ``shapes``.
+    """
 
     def stacked(name: str) -> property:
         def read(self: Any) -> Tensor:
-            shape = vars(self)[EXPOSED].shapes.get(name)
+            shape = vars(self)[key].shapes.get(name)
             if shape is None:
                 raise AttributeError(f"{former.__name__!r} object has no attribute {name!r}")
             found = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
@@ -121,7 +124,7 @@ def _expose(name: str, module: nn.Module, rows: Mapping[str, Mapping[str, tuple[
             module._modules[child].add_module(leaf, layer)  # type: ignore[union-attr]
         del module._parameters[key]
     vars(module)[EXPOSED] = ExposedExperts(type(module), dtype, shapes, layers, children)
-    module.__class__ = _placeholder(type(module))
+    module.__class__ = placeholder_class(type(module), EXPOSED)
 
 
 def exposed_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -229,8 +232,9 @@ def convert_experts(
     # Zero points of GPTQ and AWQ are known only when all layers have been read.
     open_grid = any(not hasattr(layout, "scheme") for layout, _ in tensors.values())
     schemes = {key: _open(scheme) if open_grid else scheme for key, scheme in reader.schemes.items()}
+    dtype = scale.dtype if scale.itemsize > 1 else exposed.dtype
     weight = describe_experts(
-        name, module, exposed.shapes, schemes, scale.dtype, scale.device, reader.codes,
+        name, module, exposed.shapes, schemes, dtype, scale.device, reader.codes,
         ordered=any(_reorders(own) for _, own in tensors.values()),
     )  # fmt: skip
     module.__class__ = exposed.former

@@ -14,9 +14,9 @@ from ...trust.bounds import first_line
 from ..codes import OFF_GRID, decode, group_size_of, to_unsigned
 from ..experts import PACKED_EXPERTS, SCALE, attach_expert_schemes, clear_experts, expert_schemes, is_readable
 from ..weights import Codes, InputQuantization, QuantizedExperts, QuantizedWeight
-from .describe import OFFLOADED, input_quantization
+from .describe import OFFLOADED, input_quantization, weight_kind
 from .kernel import NO_KERNEL, Kernel
-from .packed_experts import SIDES, ExpertPacking, PackedExperts, packed_class
+from .packed_experts import NATIVE, SIDES, ExpertPacking, PackedExperts, packed_class
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -67,7 +67,7 @@ def _matrix(
         shape=(rows, columns),
         dtype=dtype,
         device=device,
-        kind="float" if args.type == "float" else "int",
+        kind=weight_kind(args),
         bits=args.num_bits,
         group_size=group_size_of(args, columns),
         symmetric=bool(args.symmetric),
@@ -208,8 +208,8 @@ def unpack_experts(module: PackedExperts) -> None:
             scales = [module.codes(name, expert).scale for expert in range(count)]
             values[name + SCALE] = torch.stack([s for s in scales if s is not None]).to(values[name].dtype)
     del module._modules[PACKED_EXPERTS]
-    for key in ("packing", PACKED_SHAPES):
-        vars(module).pop(key)
+    for key in ("packing", PACKED_SHAPES, NATIVE):
+        vars(module).pop(key, None)
     module.__class__ = packing.former  # type: ignore[assignment]
     kept = dict(module._parameters)
     module._parameters.clear()

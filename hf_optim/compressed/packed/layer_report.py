@@ -15,6 +15,7 @@ from ...toolkit.distributed.tensor_parts import RANK, part_of
 from ...toolkit.topology.experts import fused_experts, matrix_names, matrix_shape
 from ...trust.figures import format_count
 from ..experts import PACKED_EXPERTS, expert_schemes
+from ..float4 import STOCK_DTYPE, float4_format
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes, QuantizedWeight
 from . import codebook_layers
@@ -223,7 +224,8 @@ def _describe_packed(name: str, module: nn.Linear, scheme: Any, outliers: float 
         return reason
     shape = (module.out_features, module.in_features)
     ordered = "weight_g_idx" in module._parameters
-    return describe_weight(name, shape, scheme, scale, module.bias, _no_codes, ordered=ordered, outliers=outliers)
+    like = scale.new_empty(0, dtype=STOCK_DTYPE) if float4_format(scheme.weights) else scale
+    return describe_weight(name, shape, scheme, like, module.bias, _no_codes, ordered=ordered, outliers=outliers)
 
 
 def _no_codes() -> Codes:

@@ -1,7 +1,8 @@
 """Tensor layouts of compressed linear layers in checkpoints: the tensors of a layer, and how to read codes from them.
 
 - compressed-tensors: ``weight_packed`` int32 ``[out, ceil(in * bits / 32)]`` or the codes themselves as ``weight``,
-  ``weight_scale``; zero points of packed layers packed along ``out``; ``weight_g_idx`` of act-order.
+  ``weight_scale``; zero points of packed layers packed along ``out``; ``weight_g_idx`` of act-order. 4-bit floats as in
+  ``compressed.float4``.
 - GPTQ (2210.17323, as AutoGPTQ stores it): ``qweight`` int32 ``[in * bits / 32, out]``, packed along ``in``; ``qzeros``
   int32 ``[groups, out * bits / 32]``, each zero point minus one (without the offset in ``gptq_v2``);
   ``scales`` ``[groups, out]``; ``g_idx`` int32 ``[in]``, the group of each column. The last group may be smaller.
@@ -22,13 +23,14 @@ from torch import Tensor
 from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
 from ..bitpacking import unpack, word_count
 from ..codes import column_order, expand_groups, group_size_of, to_unsigned
+from ..float4 import GLOBAL, float4_format, read_float4
 from ..schemes import scheme as make_scheme
 from ..weights import Codes
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-I32, I8, F8 = ("I32",), ("I8",), ("F8_E4M3",)
+I32, I8, U8, F8 = ("I32",), ("I8",), ("U8",), ("F8_E4M3",)
 Offset = Literal["none", "codes", "words"]
 # The position in an AWQ word of each of its eight columns.
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -94,12 +96,18 @@ class CompressedTensorsLayout:
     @property
     def key(self) -> str:
         """The local name of the tensor whose presence marks a layer as compressed."""
-        return "weight_packed" if self.format == "pack-quantized" else "weight"
+        return "weight_packed" if self.format == "pack-quantized" or float4_format(self.scheme.weights) else "weight"
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         args, inputs = self.scheme.weights, self.scheme.input_activations
         rows, columns = shape
         groups = _groups(columns, group_size_of(args, columns))
+        if kind := float4_format(args):
+            found = {
+                "weight_packed": TensorSpec(U8, (rows, columns // 2)),
+                "weight_scale": TensorSpec(F8 if kind == "nvfp4" else U8, (rows, groups)),
+            }
+            return {**found, GLOBAL: TensorSpec(("F32",), (1,))} if kind == "nvfp4" else found
         scales = (1,) if args.strategy == "tensor" else (rows, groups)
         specs = {"weight_scale": TensorSpec(FLOAT_DTYPES, scales)}
         if self.key == "weight":
@@ -123,6 +131,8 @@ class CompressedTensorsLayout:
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Codes, QuantizationScheme]:
         args = self.scheme.weights
         rows, columns = shape
+        if float4_format(args):
+            return read_float4(tensors, args), self.scheme
         size = group_size_of(args, columns)
         grid = (rows, columns // size)
         codes, zero = tensors.get("weight"), tensors.get("weight_zero_point")

@@ -21,8 +21,10 @@ from ...errors import CheckpointError
 from ...toolkit.checkpoint.safetensors import SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
 from ..codes import is_sparse24, store_arguments
 from ..experts import stack_again
+from ..float4 import GLOBAL, holds_float4
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes
+from . import mxfp4_experts
 from .accelerate import kernels_for, pack_layers
 from .checkpoint_formats import parse_checkpoint_format
 from .describe import describe_weight
@@ -112,9 +114,15 @@ def _register() -> None:
             if not checkpoint_files and part is None:
                 raise UnsupportedCheckpoint("its weights are not in files")
             config: Any = self.quantization_config
-            if part is not None:
-                part.cut_experts(model)
-            expose_experts(model, any(kernel.prepack_experts is not None for kernel in kernels_for(model)))
+            native = config.stored["quant_method"] == mxfp4_experts.METHOD
+            if native:
+                if part is not None or config.deferred:
+                    raise UnsupportedCheckpoint("experts in mxfp4 are packed all at once, on one device")
+                mxfp4_experts.expose_blocks(model)
+            else:
+                if part is not None:
+                    part.cut_experts(model)
+                expose_experts(model, any(kernel.prepack_experts is not None for kernel in kernels_for(model)))
             self.exposes = bool(exposed_experts(model))
             if self.exposes and config.deferred:
                 raise UnsupportedCheckpoint("its experts are packed all at once")
@@ -127,6 +135,7 @@ def _register() -> None:
             layouts = parse_checkpoint_format(config.stored)(model, headers)
             if part is not None:
                 headers = part.cut(model, layouts, headers)
+            mxfp4_experts.require_blocks(model, headers)
             prepare(model, layouts, headers)
             return model
 
@@ -147,6 +156,7 @@ def _register() -> None:
             if exposed_experts(model):
                 stack_again(model)
             decided = convert(model, kernels)
+            mxfp4_experts.convert_blocks(model, kernels, self.quantization_config.stored)  # type: ignore[union-attr, attr-defined]
             detach_quantizer(model)
             if quantized_modules(model):
                 attach_quantizer(model)
@@ -180,7 +190,8 @@ def prepare(model: nn.Module, layouts: Mapping[str, Layout], headers: Safetensor
         module.__dict__[PENDING] = _Pending(layout, type(module), dtype, tuple(found))
         module.__class__ = PlaceholderEmbedding if isinstance(module, nn.Embedding) else PlaceholderLinear
         for key, entry in found.items():
-            module._parameters[key] = nn.Parameter(empty_meta_tensor(entry, dtype), requires_grad=False)
+            wide = torch.float32 if key == GLOBAL else dtype
+            module._parameters[key] = nn.Parameter(empty_meta_tensor(entry, wide), requires_grad=False)
 
 
 def _ties(model: Any) -> bool:
@@ -254,7 +265,7 @@ def _loaded(name: str, module: nn.Module, wide: Collection[str]) -> tuple[Layout
     if any(part in name.split(".") for part in wide) and dtype.itemsize < 4:
         dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
     for key, tensor in tensors.items():
-        scale = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        scale = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 and key != GLOBAL
         tensors[key] = tensor.detach().to(dtype).reshape(tensor.shape or (1,)) if scale else tensor.detach()
     return pending.layout, tensors, dtype
 
@@ -282,7 +293,7 @@ def _convert_layer(
         name,
         shape,
         scheme,
-        _scale_of(found),
+        _scale_of(found).new_empty(0, dtype=dtype) if holds_float4(found) else _scale_of(found),
         getattr(module, "bias", None),
         lambda: found,
         ordered=found.order is not None,
@@ -301,7 +312,7 @@ def _convert_layer(
 
 
 def _is_sparse24(found: Codes, bits: int) -> bool:
-    if found.order is not None or found.codes.dtype != torch.uint8:
+    if found.order is not None or found.codes.dtype != torch.uint8 or holds_float4(found):
         return False
     rows, columns = found.codes.shape
     grouped = found.codes.view(rows, _scale_of(found).shape[1], -1)

@@ -30,6 +30,8 @@ from .packed_linear import CHECKPOINT, DecodedWeight, KernelWarning, moved
 if TYPE_CHECKING:
     from .kernel import Kernel
 
+# Marks experts that a checkpoint has in gpt-oss's layout (``mxfp4_experts``), in which they are saved again.
+NATIVE = "_hf_optim_native"
 SIDES = {"gate_up_proj": "up", "up_proj": "up", "down_proj": "down"}
 
 
@@ -76,12 +78,10 @@ class PackedExperts(nn.Module):
     def mixture_product(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return the product of the mixture ``[T, d]``; arguments as of ``toolkit.experts.expert_product``."""
         packed: Any = self._modules[PACKED_EXPERTS]
-        activation = self._apply_gate if self.has_gate else self.act_fn
-        norm = getattr(self, "post_expert_norm", None) if getattr(self, "has_post_expert_norm", False) else None
         if self.packing.failure or not packed.accepts(hidden):
             return self.decoded_product(hidden, experts, weights)
         try:
-            return packed(hidden, experts, weights, activation, norm)
+            return packed(hidden, experts, weights, *self._between(experts.reshape(-1)))
         except Exception as error:
             if type(error).__module__ == CHECKPOINT:
                 raise
@@ -92,6 +92,33 @@ class PackedExperts(nn.Module):
             self.fail(f"{self.packing.kernel.name} raised {first_line(error, typed=True)}")
             return output
 
+    def _between(self, numbers: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+        """Return what is applied behind the first product of pairs, and behind the second one (or None).
+
+        The biases of experts are part of both. ``numbers``: int64 ``[n]``, the expert of each pair.
+        """
+        activation = self._apply_gate if self.has_gate else self.act_fn
+        norm: Any = getattr(self, "post_expert_norm", None) if getattr(self, "has_post_expert_norm", False) else None
+        if not getattr(self, "has_bias", False):
+            return activation, norm
+        up, down = (self.get_parameter(f"{name}_bias") for name in self.matrices())
+        computed = ((numbers >= 0) & (numbers < len(up)))[:, None]
+        chosen = numbers.clamp(0, len(up) - 1)
+
+        def first(pairs: Tensor) -> Tensor:
+            return activation(pairs + up[chosen].to(pairs.dtype))
+
+        def second(pairs: Tensor) -> Tensor:
+            # A pair that no expert computes stays zero.
+            out = pairs + (down[chosen] * computed).to(pairs.dtype)
+            return out if norm is None else norm(out)
+
+        return first, second
+
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Return ``(E, out, in)`` of each stacked matrix, by name."""
+        return dict(vars(self)[PACKED_SHAPES])
+
     def decoded_product(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return the same with every chosen expert decoded for this call, one after the other."""
         up, down = self.matrices()
@@ -99,11 +126,10 @@ class PackedExperts(nn.Module):
         numbers = experts.reshape(-1)
         top_k = experts.shape[1]
         chosen = [int(e) for e in numbers.unique().tolist() if 0 <= e < self.packing.description.count]
-        norm: Any = getattr(self, "post_expert_norm", None) if getattr(self, "has_post_expert_norm", False) else None
         for expert in chosen:
             pairs = (numbers == expert).nonzero()[:, 0]
-            inner = self._linear(hidden[pairs // top_k], up, expert)
-            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            activation, norm = self._between(numbers[pairs])
+            inner = activation(self._linear(hidden[pairs // top_k], up, expert))
             out = self._linear(inner, down, expert)
             out = (out if norm is None else norm(out)) * weights.reshape(-1)[pairs, None]
             parts.append((pairs // top_k, out))
@@ -136,7 +162,10 @@ class PackedExperts(nn.Module):
         zeros = [part.zero for part in parts if part.zero is not None]
         zero = torch.cat(zeros) if len(zeros) == len(parts) else None
         scales = [part.scale for part in parts if part.scale is not None]
-        return Codes(torch.cat([part.codes for part in parts]), torch.cat(scales), zero)
+        # Kernels of other packages may return codes without it.
+        shared: list[Any] = [getattr(part, "global_scale", None) for part in parts]
+        column = None if any(each is None for each in shared) else torch.cat(shared)
+        return Codes(torch.cat([part.codes for part in parts]), torch.cat(scales), zero, global_scale=column)
 
     def decoded(self, parameter: str) -> Tensor:
         """Decode the stacked parameter: ``[E, out, in]``, or ``[E, in, out]`` of a transposed module."""

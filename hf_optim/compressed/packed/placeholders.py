@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...toolkit.checkpoint.key_names import model_names
 from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, TensorInfo, UnsupportedCheckpoint
 from ...toolkit.checkpoint.stored_codes import CODE_NAMES
+from ..float4 import GLOBAL
 from .expert_loader import exposed_experts, without_experts
 
 # The local names of the tensors of a compressed linear.
@@ -21,6 +22,7 @@ LOCAL_NAMES = (
     "weight_scale",
     "weight_zero_point",
     "weight_g_idx",
+    GLOBAL,
     "input_scale",
     "input_zero_point",
     "qweight",

@@ -130,6 +130,7 @@ def slice_rows(codes: Codes, start: int, stop: int) -> Codes:
     def rows(value: Tensor | None) -> Tensor | None:
         return None if value is None else value[start:stop].clone()
 
+    # Kernels of other packages may return codes without a global scale.
     return Codes(
         codes.codes[start:stop].clone(),
         rows(codes.scale),
@@ -137,4 +138,5 @@ def slice_rows(codes: Codes, start: int, stop: int) -> Codes:
         copy(codes.order),
         copy(codes.input_scale),
         copy(codes.input_zero),
+        rows(getattr(codes, "global_scale", None)),
     )

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ...trust.bounds import first_line
 from ..codes import scale_tensors, store_arguments
+from ..float4 import GLOBAL, holds_float4
 from ..quantized_forward import is_quantized_forward
 from ..weights import Codes, QuantizedWeight
 from .kernel import Kernel
 from .packed_linear import PACKED_WEIGHT, PackedLinear, Packing
 
 # The parameters that the packed weight replaces; everything else of a layer stays in place.
-REPLACED = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx")
+REPLACED = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx", GLOBAL)
 # Instance attributes with a forward: a replaced one, and the one that hooks of the accelerate library have set aside.
 FORWARDS = ("forward", "_old_forward")
 REQUIRED = ("forward", "accepts", "codes", "label")
@@ -169,7 +170,7 @@ def _restore_parameters(module: nn.Linear, packing: Packing, codes: Codes, weigh
         if name in packing.replaced:
             shape, dtype, requires_grad = packing.replaced[name]
             if name != "weight" and dtype.is_floating_point:
-                dtype = weight.dtype
+                dtype = values[name].dtype if holds_float4(codes) else weight.dtype
             value = values[name].to(weight.dtype if name == "weight" else dtype)
             value = value.reshape(shape) if value.numel() == shape.numel() else value.expand(shape)
             module._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=requires_grad)

@@ -119,6 +119,12 @@ def _weights(data: Any, group: Fields, observers: dict[str, Any]) -> dict[str, A
     strategy = str(strategy).lower() if strategy is not None else "tensor" if size is None else "group"
     if size == -1:
         strategy, size = "channel", None
+    if float4 := _float4(bits, kind, strategy, size):
+        args.take("dynamic"), args.flag("symmetric", True), args.take("actorder"), args.take("scale_dtype")
+        args.drop("where scales are stored follows from the format", "zp_dtype")
+        found = _observer(args.take("observer"), args)
+        args.rest()
+        return {"bits": 4, "format": float4, "strategy": None, "group_size": size, "symmetric": True, "observer": found}
     if strategy not in ("tensor", "channel", "group"):
         raise _Inexpressible(f"weights with a scale per {shown(strategy)} are not among hf_optim's formats")
     if kind == "float" and (bits != 8 or strategy == "group"):
@@ -138,6 +144,13 @@ def _weights(data: Any, group: Fields, observers: dict[str, Any]) -> dict[str, A
         "symmetric": symmetric,
         "observer": _observer(name, args),
     }
+
+
+def _float4(bits: int | None, kind: str, strategy: str, size: int | None) -> str:
+    """Return the format of 4-bit floats that such weights are in, or ``""``."""
+    if bits != 4 or kind != "float":
+        return ""
+    return {("tensor_group", 16): "nvfp4", ("group", 32): "mxfp4"}.get((strategy, size or 0), "")
 
 
 def _inputs(data: Any, group: Fields) -> dict[str, Any]:

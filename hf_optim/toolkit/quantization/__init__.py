@@ -1,6 +1,6 @@
 """Grids, codebooks, Hessian-based rounding and fake quantization."""
 
-from . import activation_rounding, bit_budget, block_reconstruction, codebooks, fake_quant
+from . import activation_rounding, bit_budget, block_reconstruction, codebooks, fake_quant, float4
 from .cache_size import CacheLayer, CacheSize, cache_layers, cache_size, layer_patterns
 from .grids import Grid, GridSpec, fit_group_size, group_by_scale, make_grid, qparams_from_range, round_codes
 from .group_fit import adjusted_groups, adjusted_message, stored_bits
@@ -38,6 +38,7 @@ __all__ = [
     "even_groups",
     "fake_quant",
     "fit_group_size",
+    "float4",
     "group_by_scale",
     "group_qparams",
     "inverse_cholesky",

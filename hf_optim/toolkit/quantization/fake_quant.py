@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..modules.hidden_parameters import hide_parameters
 from ..modules.swap_class import restore_class, swap_class
-from .grids import Grid, GridSpec, group_by_scale, make_grid, round_codes
+from .grids import Grid, GridSpec, group_by_scale, make_grid, round_codes, stored_scale
 from .scales import smallest_scale, storable_scale
 
 # Learned scales: parameters of the layer during training, which are not part of a checkpoint of the model. The names
@@ -78,11 +78,11 @@ class _LearnedScale(torch.autograd.Function):
 
 
 class _Rounded(torch.autograd.Function):
-    """Round a learned scale to a positive number that ``dtype`` represents exactly; the gradient passes unchanged."""
+    """Round a learned scale to a positive number that the grid stores exactly; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, dtype: torch.dtype, largest_code: float) -> Tensor:
-        return storable_scale(scale.clamp(min=smallest_scale(dtype)), dtype, largest_code)
+    def forward(ctx: Any, scale: Tensor, dtype: torch.dtype, spec: GridSpec) -> Tensor:
+        return stored_scale(scale.clamp(min=smallest_scale(dtype)), spec, dtype, _largest_code(spec))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -115,11 +115,11 @@ def fake_quantize(values: Tensor, grid: Grid, count: int | None = None) -> Tenso
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype, spec: GridSpec) -> Tensor:
-    """Round a learned scale as ``storable_scale`` does, for a grid of this kind; the gradient passes unchanged.
+    """Round a learned scale as ``stored_scale`` does, for a grid of this kind; the gradient passes unchanged.
 
     A scale that became negative in training is the smallest that ``dtype`` stores.
     """
-    return _Rounded.apply(scale, dtype, _largest_code(spec))  # type: ignore[no-untyped-call]
+    return _Rounded.apply(scale, dtype, spec)  # type: ignore[no-untyped-call]
 
 
 def _largest_code(spec: GridSpec) -> float:

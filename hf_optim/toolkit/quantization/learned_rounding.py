@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .fake_quant import round_scale
-from .grids import Grid, GridSpec, group_by_scale, make_grid
+from .grids import Grid, GridSpec, code_step, group_by_scale, make_grid, nearest_codes
 
 PAPERS_OFFSET = 0.5  # a weight is rounded up or down, and no further
 # Smallest share of a range: at 0 a scale would be 0, from which no gradient leads back. A range that was searched for
@@ -62,11 +62,11 @@ class LearnedRounding:
         """
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight, self.dtype = weight.detach().to(wide), weight.dtype
-        self.spec, self._largest = spec, LARGEST_SHARE[observer]
+        self.spec, self._largest = spec.fitted(self.weight), LARGEST_SHARE[observer]
         self.offset = torch.zeros_like(self.weight).requires_grad_()
         self.shares: tuple[Tensor, ...] = ()
         self.largest_offset = largest_offset
-        grid = make_grid(self.weight, spec, observer, weight.dtype, signed=signed)
+        grid = make_grid(self.weight, self.spec, observer, weight.dtype, signed=signed)
         # Symmetric: the scales that the larger side of a range takes, and their signs.
         self._levels, self._sign = -spec.low if signed else (spec.high - spec.low) / 2, grid.scale.sign()
         self._low, self._high = _range_of(grid, group_by_scale(self.weight, spec), observer, self._levels)
@@ -103,22 +103,31 @@ class LearnedRounding:
         """Return the quantized weight ``[out, in]`` in the weight's dtype, with the gradients of the parameters."""
         grid = self.grid()
         parts, scale, zero = self._scaled(grid)
-        codes = (parts + (parts.round() - parts).detach()).clamp(self.spec.low, self.spec.high) - zero
+        codes = (parts + (self._rounded(parts) - parts).detach()).clamp(self.spec.low, self.spec.high) - zero
         return (codes * scale).reshape(self.weight.shape).to(self.dtype)
+
+    def _rounded(self, parts: Tensor) -> Tensor:
+        """Return the nearest whole numbers, of 4-bit floats the nearest codes; beyond the grid, a number beyond it."""
+        if not self.spec.is_float4:
+            return parts.round()
+        # The largest code is the nearest up to half of the last step beyond it.
+        return torch.where(parts.abs() < self.spec.high + 2, nearest_codes(parts, self.spec), parts)
 
     @torch.no_grad()
     def quantize(self) -> tuple[Tensor, Grid]:
         """Return the int8 codes ``[out, in]`` and their grid, without gradients."""
         grid = self.grid()
         grid = Grid(grid.spec, grid.scale.detach(), grid.zero_point)
-        codes = self._scaled(grid)[0].round().clamp(self.spec.low, self.spec.high)
+        codes = nearest_codes(self._scaled(grid)[0], self.spec)
         return codes.reshape(self.weight.shape).to(torch.int8), grid
 
     def _scaled(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Return what is rounded to codes, grouped by scale, and the scale and zero point that broadcast over it."""
         parts = group_by_scale(self.weight, self.spec)
         scale, zero = grid.scale_and_zero(parts)
-        return parts / scale + zero + group_by_scale(self.offset, self.spec), scale, zero
+        scaled = parts / scale + zero
+        # The step between codes of 4-bit floats differs: an offset of 0.5 is half of it, so that codes go up or down.
+        return scaled + group_by_scale(self.offset, self.spec) * code_step(scaled, self.spec), scale, zero
 
 
 def _range_of(grid: Grid, parts: Tensor, observer: str, levels: float) -> tuple[Tensor, Tensor]:

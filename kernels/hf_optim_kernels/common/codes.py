@@ -14,11 +14,12 @@ class Codes:
     The same as ``hf_optim.compressed.weights.Codes``, which this package does not import.
 
     Attributes:
-        codes: [out, in]: uint8, float8, or the weight itself.
-        scale: [out, groups]; None for a weight that is not quantized.
+        codes: [out, in]: uint8 (numbers, or e2m1 patterns), float8, or the weight itself.
+        scale: [out, groups], of e2m1 patterns float8; None for a weight that is not quantized.
         zero: uint8 [out, groups]; None for the symmetric grid.
         order: int64 [in], or None.
         input_scale, input_zero: [1], of static inputs, or None.
+        global_scale: float32 [out, 1], by which scales are divided (NVFP4), or None.
     """
 
     codes: Tensor
@@ -27,3 +28,4 @@ class Codes:
     order: Tensor | None = None
     input_scale: Tensor | None = None
     input_zero: Tensor | None = None
+    global_scale: Tensor | None = None

@@ -64,11 +64,17 @@ class ExpertsBase(nn.Module):
 def describe(weight: Any) -> str:
     """Return the bits of experts and what they share scales in, for a label."""
     matrix = weight.up
-    kinds = sorted({"float8" if one.kind == "float" else f"{one.bits}-bit" for one in (weight.up, weight.down)})
+    kinds = sorted({_kind(one) for one in (weight.up, weight.down)})
     text = "/".join(kinds)
-    if matrix.group_size < matrix.shape[1]:
+    if matrix.group_size < matrix.shape[1] and matrix.kind != "float4":
         text += f", groups of {matrix.group_size}"
     return text if matrix.inputs is None else f"{text}, {matrix.inputs.type} inputs"
+
+
+def _kind(matrix: Any) -> str:
+    if matrix.kind == "float4":
+        return "NVFP4" if matrix.group_size == 16 else "MXFP4"
+    return "float8" if matrix.kind == "float" else f"{matrix.bits}-bit"
 
 
 def zeros_of(part: Any, bits: int) -> Tensor:

@@ -24,7 +24,7 @@ from ..wna16.kernel import _add_tile, _columns
 def _accumulate(
     acc, x, words, scale, zero, rows, cols, start, stop, M, N, K, stride_x, stride_tile,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
-    MATH: tl.constexpr, ASM: tl.constexpr, STEP: tl.constexpr,
+    MATH: tl.constexpr, ASM: tl.constexpr, STEP: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Return ``acc`` [BLOCK_N, BLOCK_M] plus the products of every ``STEP``-th k-tile from ``start`` to ``stop``."""
     tile = words + cols[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
@@ -44,10 +44,12 @@ def _accumulate(
         else:
             zeros = (s0, s0, s0, s0)  # not read
         acc = _add_tile(acc, found, x, (s0, s1, s2, s3), zeros, rows, first, M, K, stride_x,
-                        SLICE, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM)  # fmt: skip
+                        SLICE, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, FORMAT, SCALED)  # fmt: skip
         s0, s1, s2, s3 = n0, n1, n2, n3
         if HAS_ZERO:
             z0, z1, z2, z3 = m0, m1, m2, m3
+    if FORMAT == 1:  # in place of zero points: the divisors of the rows
+        acc = acc / tl.load(zero + cols)[:, None]
     return acc
 
 
@@ -73,17 +75,19 @@ def _store_rows(acc, out, slots, valid, pid_n, N, GATE: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def _pairs_kernel(
     x, packed, scale, zero, out, partial, semaphores, experts, order, offsets, blocks, M, N, K, E, stride_x,
-    stride_expert, stride_tile, stride_scale,
+    stride_expert, stride_tile, stride_scale, stride_zero,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
     MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     EACH: tl.constexpr, GATE: tl.constexpr, LISTED: tl.constexpr, FROM_SLOT: tl.constexpr, TO_SLOT: tl.constexpr,
+    FORMAT: tl.constexpr = 0, SCALED: tl.constexpr = False,
 ):  # fmt: skip
     """Compute tiles of out [S, N], or [S, N / 2] with ``GATE``.
 
     A *slot* is the place of a pair among all of them, sorted by expert; without a list (``LISTED``), of the pairs as
     they are. x [M, K] has a row for every ``EACH`` pairs, or one for each slot (``FROM_SLOT``); out has a row for each
-    pair, or one for each slot (``TO_SLOT``). packed int16 [E, k-tiles, N, SLICE], scale and zero [E, groups, N],
-    experts int64 [S] by pair; order [S], offsets [E + 1] and blocks [blocks, 2] are those of ``experts.naive.Route``.
+    pair, or one for each slot (``TO_SLOT``). packed int16 [E, k-tiles, N, SLICE], scale and zero [E, groups, N]
+    (of NVFP4, zero [E, N] are divisors), experts int64 [S] by pair; order [S], offsets [E + 1] and blocks [blocks, 2]
+    are those of ``experts.naive.Route``.
     """
     pid_n, pid_b, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lanes = tl.arange(0, BLOCK_M)
@@ -106,8 +110,8 @@ def _pairs_kernel(
             cols = tl.minimum(pid_n * BLOCK_N + lane, N - 1)
         acc = _accumulate(
             tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x, packed + expert * stride_expert, scale + expert * stride_scale,
-            zero + expert * stride_scale, rows, cols, pid_s, tl.cdiv(K, SLICE * (16 // WIDTH)), M, N, K, stride_x,
-            stride_tile, SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, SPLIT,
+            zero + expert * stride_zero, rows, cols, pid_s, tl.cdiv(K, SLICE * (16 // WIDTH)), M, N, K, stride_x,
+            stride_tile, SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, SPLIT, FORMAT, SCALED,
         )  # fmt: skip
         places = slots if TO_SLOT else pairs
         if SPLIT > 1:
@@ -122,10 +126,10 @@ def _pairs_kernel(
 @triton.jit
 def _down_kernel(
     x, packed, scale, zero, out, partial, semaphores, experts, weights, N, K, E, stride_expert, stride_tile,
-    stride_scale,
+    stride_scale, stride_zero,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
     MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOP_K: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, FORMAT: tl.constexpr = 0, SCALED: tl.constexpr = False,
 ):  # fmt: skip
     """Compute out [T, N], the weighted sum over the pairs of each token: x [T TOP_K, K] by pair.
 
@@ -144,8 +148,8 @@ def _down_kernel(
     cols = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
     acc = _accumulate(
         tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x, packed + expert * stride_expert, scale + expert * stride_scale,
-        zero + expert * stride_scale, rows, cols, pid_s % SPLIT, stop, 1 << 30, N, K, K, stride_tile,
-        SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, SPLIT,
+        zero + expert * stride_zero, rows, cols, pid_s % SPLIT, stop, 1 << 30, N, K, K, stride_tile,
+        SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, SPLIT, FORMAT, SCALED,
     )  # fmt: skip
     weight = tl.where(computed, tl.load(weights + pair).to(tl.float32), 0.0)
     # Columns of the tile without a pair are zero.

@@ -14,6 +14,7 @@ from ..common.launch import is_aligned, launch
 from ..common.splitk import new_semaphores
 from ..experts import op as pair_lists
 from ..experts.naive import Route
+from ..wna16.launch import scales_numbers
 from ..wna16.naive import slice_columns, slices_per_scale
 from .kernel import _combine_kernel, _down_kernel, _pairs_kernel
 from .naive import FLOAT8, StackedWeight, pairs_per_row
@@ -34,8 +35,8 @@ def semaphores(device: torch.device) -> Tensor:
 
 def unsupported_reason(weight: Any) -> str | None:
     """Return why these kernels do not read a matrix, given by its ``QuantizedWeight``; None if they do."""
-    if weight.kind != "int" or weight.inputs is not None:
-        return "the kernels multiply integer weights with inputs that are not quantized"
+    if weight.kind not in ("int", "float4") or weight.inputs is not None:
+        return "the kernels multiply integers or 4-bit floats with inputs that are not quantized"
     if weight.ordered:
         return "its columns are reordered"
     if weight.group_size < weight.shape[1] and weight.group_size % 16:
@@ -146,13 +147,13 @@ def linear(
     if split > 1:
         partial = torch.empty(grid_n * blocks * split * block_n * block_m, dtype=torch.float32, device=x.device)
     order, offsets, listed = (experts, experts, experts) if route is None else route
-    zero = weight.zero if weight.zero is not None else weight.scale
+    zero = _zero(weight)
     each = 1 if from_slot else pairs_per_row(x, experts)
-    strides = (x.stride(0), weight.packed.stride(0), weight.packed.stride(1), weight.scale.stride(0))
+    strides = (x.stride(0), weight.packed.stride(0), weight.packed.stride(1), weight.scale.stride(0), zero.stride(0))
     constants = {
-        **_layout(weight), **compute_constants(x.dtype, _pairs_kernel), "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "SPLIT": split, "EACH": each, "GATE": gate, "LISTED": route is not None, "FROM_SLOT": from_slot,
-        "TO_SLOT": to_slot,
+        **_layout(weight, block_m, x.dtype), **compute_constants(x.dtype, _pairs_kernel), "BLOCK_M": block_m,
+        "BLOCK_N": block_n, "SPLIT": split, "EACH": each, "GATE": gate, "LISTED": route is not None,
+        "FROM_SLOT": from_slot, "TO_SLOT": to_slot,
     }  # fmt: skip
     launch(
         _pairs_kernel, (grid_n, blocks, split),
@@ -176,11 +177,11 @@ def weighted_sum(
     grid_n = -(-N // block_n)
     out = torch.empty((tokens, N), dtype=inner.dtype, device=inner.device)
     partial = torch.empty(tokens * grid_n * top_k * split * block_n, dtype=torch.float32, device=inner.device)
-    zero = weight.zero if weight.zero is not None else weight.scale
-    strides = (weight.packed.stride(0), weight.packed.stride(1), weight.scale.stride(0))
+    zero = _zero(weight)
+    strides = (weight.packed.stride(0), weight.packed.stride(1), weight.scale.stride(0), zero.stride(0))
     constants = {
-        **_layout(weight), **compute_constants(inner.dtype, _down_kernel), "BLOCK_M": tiles["BLOCK_M"],
-        "BLOCK_N": block_n, "TOP_K": top_k, "SPLIT": split,
+        **_layout(weight, tiles["BLOCK_M"], inner.dtype), **compute_constants(inner.dtype, _down_kernel),
+        "BLOCK_M": tiles["BLOCK_M"], "BLOCK_N": block_n, "TOP_K": top_k, "SPLIT": split,
     }  # fmt: skip
     launch(
         _down_kernel, (grid_n, tokens, top_k * split),
@@ -245,10 +246,19 @@ def expert_linear(x: Tensor, experts: Tensor, weight: StackedWeight, counters: T
     return linear(x, experts, weight, counters, route=route, tiles=tiles)
 
 
-def _layout(weight: StackedWeight) -> dict[str, Any]:
+def _zero(weight: StackedWeight) -> Tensor:
+    """Return the zero points, the divisors of NVFP4, or a tensor that is not read."""
+    found = weight.zero if weight.zero is not None else weight.divisor
+    return weight.scale if found is None else found
+
+
+def _layout(weight: StackedWeight, block_m: int, dtype: torch.dtype) -> dict[str, Any]:
     size, columns = weight.group_size, weight.columns
-    return {
+    found = {
         "SLICE": slice_columns(size, columns), "GROUP": size,
         "PER_SCALE": slices_per_scale(size, weight.width, columns), "HAS_ZERO": weight.zero is not None,
         "WIDTH": weight.width,
     }  # fmt: skip
+    if weight.format:
+        found |= {"FORMAT": weight.format, "SCALED": scales_numbers(block_m, weight.format, dtype)}
+    return found

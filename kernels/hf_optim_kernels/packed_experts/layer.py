@@ -15,17 +15,20 @@ from torch import Tensor, nn
 
 from ..common.codes import Codes
 from ..common.support import can_run_triton, unsupported_device, unsupported_dtype
+from ..wna16 import float4
 from ..wna16 import naive as weight_only
 from . import naive, op
 from .base import DOWN, UP, ExpertsBase, describe, zeros_of
 from .naive import FLOAT8, INPUTS, StackedWeight
 
-FIELDS = ("packed", "scale", "zero", "order", "input_scale", "input_zero")
+FIELDS = ("packed", "scale", "zero", "order", "input_scale", "input_zero", "divisor")
 
 
 def supports(weight: Any) -> str | None:
     """Return None if the experts can run on their codes, otherwise the reason."""
     for matrix in (weight.up, weight.down):
+        if matrix.kind == "float4" and matrix.group_size not in float4.GROUPS.values():
+            return f"4-bit floats in groups of {matrix.group_size} are neither NVFP4 nor MXFP4"
         if matrix.kind == "int" and not 2 <= matrix.bits <= 8:
             return f"{matrix.bits}-bit codes are not supported, only 2 to 8 bits"
     return unsupported_dtype(weight.up.dtype, op.DTYPES)
@@ -57,7 +60,7 @@ class PackedExperts(ExpertsBase):
     def __init__(self, weight: Any) -> None:
         super().__init__()
         self.count, self.dtype = weight.count, weight.up.dtype
-        self.numbers: dict[str, tuple[int, int, int, int]] = {}
+        self.numbers: dict[str, tuple[int, int, int, int, int]] = {}
         self.bits: dict[str, int] = {}
         for side, matrix in ((UP, weight.up), (DOWN, weight.down)):
             self._stack(side, matrix, weight)
@@ -77,12 +80,15 @@ class PackedExperts(ExpertsBase):
         columns, bits = matrix.shape[1], matrix.bits
         width = 8 if matrix.kind == "float" else 4 if bits <= 4 else 8
         self.bits[side] = bits
-        self.numbers[side] = width, matrix.group_size, columns, _inputs(matrix.inputs)
         stacks: dict[str, Tensor] = {}
         for expert in range(weight.count):
             parts = weight.codes(side, expert)
             codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
             zero = None if matrix.symmetric else torch.cat([zeros_of(part, bits) for part in parts])
+            format = float4.format_of(scale)
+            self.numbers[side] = width, matrix.group_size, columns, _inputs(matrix.inputs), format
+            if format:
+                scale, codes = scale.view(torch.uint8), weight_only.pack(codes, 4, matrix.group_size, format)
             if matrix.kind == "int":
                 if zero is None and bits != width:
                     codes = codes + (2 ** (width - 1) - 2 ** (bits - 1))
@@ -94,6 +100,7 @@ class PackedExperts(ExpertsBase):
                 "order": _stacked([part.order for part in parts], columns),
                 "input_scale": _joined([part.input_scale for part in parts]),
                 "input_zero": _joined([part.input_zero for part in parts]),
+                "divisor": _joined([_divisor(part) for part in parts]),
             }
             for key, value in found.items():
                 if value is None:
@@ -111,7 +118,7 @@ class PackedExperts(ExpertsBase):
     def weight(self, side: str) -> StackedWeight:
         """Return the matrices of one side."""
         own = self._buffers
-        fields: Any = (*(own[f"{side}_{key}"] for key in FIELDS), *self.numbers[side])
+        fields: Any = (*(own[f"{side}_{key}"] for key in FIELDS[:-1]), *self.numbers[side], own[f"{side}_divisor"])
         return StackedWeight(*fields)
 
     def _is_plain(self, side: str) -> bool:
@@ -149,7 +156,7 @@ class PackedExperts(ExpertsBase):
         if torch.compiler.is_compiling():
             return torch.ops.hf_optim.packed_experts(
                 hidden, experts, weights, *up[:3], up.width, up.group_size, *down[:3], down.width, down.group_size,
-                self.semaphores,
+                self.semaphores, up.format, up.divisor, down.format, down.divisor,
             )  # fmt: skip
         return op.compute(hidden, experts, weights, up, down, self.semaphores)
 
@@ -157,6 +164,10 @@ class PackedExperts(ExpertsBase):
         """See ``ExpertsBase``."""
         weight, bits = self.weight(side), self.bits[side]
         codes, scale = naive.codes(weight, expert), weight.scale[expert].T.contiguous()
+        if weight.format:
+            shared = None if weight.divisor is None else weight.divisor[expert, :, None].contiguous()
+            kind = float4.E4M3 if weight.format == float4.NVFP4 else float4.E8M0
+            return [Codes(codes.contiguous(), scale.view(kind), None, global_scale=shared)]
         zero = None if weight.zero is None else weight.zero[expert].T.contiguous()
         if weight.packed.dtype != FLOAT8 and zero is None and bits != weight.width:
             codes = codes - (2 ** (weight.width - 1) - 2 ** (bits - 1))
@@ -172,6 +183,11 @@ class PackedExperts(ExpertsBase):
             given = [t if t is None else t[expert, index : index + 1] for t in (weight.input_scale, weight.input_zero)]
             parts.append(Codes(take(codes), take(scale), take(zero), order, *given))
         return parts
+
+
+def _divisor(part: Any) -> Tensor | None:
+    shared = getattr(part, "global_scale", None)
+    return None if shared is None else shared.flatten()
 
 
 def _inputs(grid: Any) -> int:

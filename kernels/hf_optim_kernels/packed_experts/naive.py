@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..w8a8 import naive as eight_bit
+from ..wna16 import float4
 from ..wna16 import naive as weight_only
 
 FLOAT8 = torch.float8_e4m3fn
@@ -44,6 +45,8 @@ class StackedWeight(NamedTuple):
         group_size: columns that share a scale; ``columns`` or more for one scale per row.
         columns: ``in``.
         inputs: how inputs are quantized, an index of ``INPUTS``.
+        format: the kind of numbers, ``wna16.float4.INTEGER``, ``NVFP4`` or ``MXFP4``; scales of the last two are uint8.
+        divisor: float32 [E, out], of NVFP4; otherwise None.
     """
 
     packed: Tensor
@@ -56,6 +59,8 @@ class StackedWeight(NamedTuple):
     group_size: int
     columns: int
     inputs: int
+    format: int = float4.INTEGER
+    divisor: Tensor | None = None
 
     @property
     def experts(self) -> int:
@@ -77,11 +82,13 @@ def codes(weight: StackedWeight, expert: int) -> Tensor:
     """Return the codes of an expert in their stored order: uint8 [out, in] in [0, 2^width), or float8."""
     if weight.packed.dtype == FLOAT8:
         return weight.packed[expert]
-    return weight_only.unpack(weight.packed[expert], weight.width, weight.columns)
+    return weight_only.unpack(weight.packed[expert], weight.width, weight.columns, weight.format)
 
 
 def decode_rows(weight: StackedWeight, expert: int, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """Return rows ``begin`` to ``end`` of an expert's matrix in ``dtype``, their columns in the stored order."""
+    if weight.format:
+        return _decode_floats(weight, expert, begin, end).to(dtype)
     count, groups = end - begin, weight.scale.shape[1]
     scale = weight.scale[expert, :, begin:end].T.float()[..., None]
     if weight.packed.dtype == FLOAT8:
@@ -98,6 +105,16 @@ def decode_rows(weight: StackedWeight, expert: int, begin: int, end: int, dtype:
         zero = None if weight.zero is None else weight.zero[expert, :, begin:end].T.float()[..., None]
         values.sub_(2.0 ** (weight.width - 1) if zero is None else zero)
     return values.mul_(scale).view(count, -1).to(dtype)
+
+
+def _decode_floats(weight: StackedWeight, expert: int, begin: int, end: int) -> Tensor:
+    """Return rows of 4-bit floats in bfloat16, as stock transformers decodes them."""
+    patterns = weight_only.unpack(weight.packed[expert, :, begin:end], weight.width, weight.columns, weight.format)
+    scale = float4.scale_numbers(weight.scale[expert, :, begin:end].T.contiguous(), weight.format)
+    if weight.divisor is not None:
+        scale = scale / weight.divisor[expert, begin:end, None]
+    numbers = float4.numbers(patterns).view(*scale.shape, -1)
+    return numbers.mul_(scale[..., None]).view(end - begin, -1).to(torch.bfloat16)
 
 
 def dequantize(weight: StackedWeight, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:

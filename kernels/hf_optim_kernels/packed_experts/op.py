@@ -55,9 +55,10 @@ def packed_experts(
     hidden: Tensor, experts: Tensor, weights: Tensor,
     up_packed: Tensor, up_scale: Tensor, up_zero: Tensor | None, up_width: int, up_group: int,
     down_packed: Tensor, down_scale: Tensor, down_zero: Tensor | None, down_width: int, down_group: int,
-    counters: Tensor,
+    counters: Tensor, up_format: int = 0, up_divisor: Tensor | None = None, down_format: int = 0,
+    down_divisor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the output [T, d] of experts with a SiLU gate and integer weights; see ``naive.packed_experts``.
+    """Return the output [T, d] of experts with a SiLU gate and inputs as they are; see ``naive.packed_experts``.
 
     Args:
         hidden: [T, d], float16, bfloat16 or float32.
@@ -66,8 +67,13 @@ def packed_experts(
         up_packed, down_packed and the others: see ``naive.StackedWeight``.
     """
     inner = up_scale.shape[2] // 2
-    up = StackedWeight(up_packed, up_scale, up_zero, None, None, None, up_width, up_group, hidden.shape[1], 0)
-    down = StackedWeight(down_packed, down_scale, down_zero, None, None, None, down_width, down_group, inner, 0)
+    up = StackedWeight(
+        up_packed, up_scale, up_zero, None, None, None, up_width, up_group, hidden.shape[1], 0, up_format, up_divisor
+    )  # fmt: skip
+    down = StackedWeight(
+        down_packed, down_scale, down_zero, None, None, None, down_width, down_group, inner, 0, down_format,
+        down_divisor,
+    )  # fmt: skip
     return compute(hidden, experts, weights, up, down, counters)
 
 
@@ -80,11 +86,11 @@ def _(hidden, *_) -> Tensor:
 def packed_expert_linear(
     x: Tensor, experts: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor | None,
     input_scale: Tensor | None, input_zero: Tensor | None, width: int, group_size: int, columns: int, inputs: int,
-    counters: Tensor,
+    format: int, divisor: Tensor | None, counters: Tensor,
 ) -> Tensor:  # fmt: skip
     """Return the product of each pair, [T k, out]; see ``naive.expert_linear`` and ``naive.StackedWeight``."""
     weight = StackedWeight(
-        packed, scale, zero, order, input_scale, input_zero, width, group_size, columns, inputs
+        packed, scale, zero, order, input_scale, input_zero, width, group_size, columns, inputs, format, divisor
     )  # fmt: skip
     return _linear(x, experts, weight, counters)
 
@@ -97,32 +103,33 @@ def _(x, experts, packed, scale, *_) -> Tensor:
 @torch.library.custom_op("hf_optim::packed_expert_linear_grad", mutates_args=())
 def packed_expert_linear_grad(
     grad: Tensor, experts: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor | None, width: int,
-    group_size: int, columns: int,
+    group_size: int, columns: int, format: int = 0, divisor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of each pair's input, [T k, in]; see ``naive.expert_linear_grad``."""
-    weight = StackedWeight(packed, scale, zero, order, None, None, width, group_size, columns, 0)
+    weight = StackedWeight(packed, scale, zero, order, None, None, width, group_size, columns, 0, format, divisor)
     return naive.expert_linear_grad(grad, experts, weight)
 
 
 @packed_expert_linear_grad.register_fake
-def _(grad, experts, packed, scale, zero, order, width, group_size, columns) -> Tensor:
+def _(grad, experts, packed, scale, zero, order, width, group_size, columns, *_) -> Tensor:
     return grad.new_empty((grad.shape[0], columns))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, experts, packed, scale, zero, order, _, _, width, group_size, columns, *_ = inputs
-    ctx.optional = zero is not None, order is not None
-    ctx.save_for_backward(experts, packed, scale, *(each for each in (zero, order) if each is not None))
-    ctx.numbers, ctx.rows = (width, group_size, columns), x.shape[0]
+    x, experts, packed, scale, zero, order, _, _, width, group_size, columns, _, format, divisor, _ = inputs
+    optional = (zero, order, divisor)
+    ctx.optional = [each is not None for each in optional]
+    ctx.save_for_backward(experts, packed, scale, *(each for each in optional if each is not None))
+    ctx.numbers, ctx.rows = (width, group_size, columns, format), x.shape[0]
 
 
 def _backward(ctx, grad: Tensor):
     experts, packed, scale, *rest = ctx.saved_tensors
-    zero, order = (rest.pop(0) if held else None for held in ctx.optional)
-    own = torch.ops.hf_optim.packed_expert_linear_grad(grad, experts, packed, scale, zero, order, *ctx.numbers)
+    zero, order, divisor = (rest.pop(0) if held else None for held in ctx.optional)
+    own = torch.ops.hf_optim.packed_expert_linear_grad(grad, experts, packed, scale, zero, order, *ctx.numbers, divisor)
     if ctx.rows != own.shape[0]:
         own = own.view(ctx.rows, -1, own.shape[1]).sum(1)
-    return own, *(None,) * 12
+    return own, *(None,) * 14
 
 
 packed_expert_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -382,7 +382,7 @@ def join(packed_weights: list[Any]) -> CpuPackedWeight | None:
     Dense weights are not joined: a wider product has another order of summation.
     """
     first = packed_weights[0]
-    if isinstance(first, DenseLinear) or any(_kind(o) != _kind(first) for o in packed_weights):
+    if not isinstance(first, CpuPackedWeight) or any(_kind(o) != _kind(first) for o in packed_weights):
         return None
     parts = [o.codes() for o in packed_weights]
     if any(part.order is not None for part in parts):

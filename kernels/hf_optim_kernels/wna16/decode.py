@@ -4,6 +4,10 @@
 four bits, so one three-input logic instruction yields two numbers. Subtracting is exact. A code of eight bits is
 combined from its two halves, ``16 (128 + high) - 2304 + (128 + low) = code - 128``; each step is a whole number that
 bfloat16 represents.
+
+The bits ``s eem`` of a 4-bit float, moved to the sign and to the two lowest bits of the exponent and the highest of the
+mantissa, are a bfloat16 (float16) number that is 2^126 (2^14) times too small: also where ``ee`` is 0, for 0.5 is a
+subnormal number then. The multiplication that corrects it is exact. Their places in a word are those of ``float4``.
 """
 
 from __future__ import annotations
@@ -69,12 +73,61 @@ def _fill(text: str, half: str) -> str:
     return text
 
 
+# $0..$3 numbers, $4 words; each slice is up to two shifted words under masks.
+_FLOATS = {
+    "bf16": """
+{
+.reg .b32 t, u, big, zero;
+and.b32 $0, $4, 0x81C081C0;
+shl.b32 t, $4, 3;
+and.b32 $1, t, 0x81C081C0;
+shl.b32 t, $4, 1;
+and.b32 t, t, 0x80008000;
+shl.b32 u, $4, 6;
+lop3.b32 $2, u, 0x01C001C0, t, 0xEA;
+shl.b32 t, $4, 2;
+and.b32 t, t, 0x80008000;
+shr.u32 u, $4, 3;
+lop3.b32 $3, u, 0x01C001C0, t, 0xEA;
+mov.b32 big, 0x7E807E80;
+""",
+    "fp16": """
+{
+.reg .b32 t, u, big, zero;
+and.b32 t, $4, 0x80008000;
+shl.b32 u, $4, 3;
+lop3.b32 $0, u, 0x0E000E00, t, 0xEA;
+and.b32 t, u, 0x80008000;
+shl.b32 u, $4, 6;
+lop3.b32 $1, u, 0x0E000E00, t, 0xEA;
+shl.b32 t, $4, 1;
+and.b32 t, t, 0x80008000;
+shl.b32 u, $4, 9;
+lop3.b32 $2, u, 0x0E000E00, t, 0xEA;
+shl.b32 t, $4, 2;
+and.b32 t, t, 0x80008000;
+lop3.b32 $3, $4, 0x0E000E00, t, 0xEA;
+mov.b32 big, 0x74007400;
+""",
+}
+# A negative zero is what a product can be added to unchanged.
+_TO_NUMBER = """
+mov.b32 zero, 0x80008000;
+fma.rn.TYPE $0, $0, big, zero;
+fma.rn.TYPE $1, $1, big, zero;
+fma.rn.TYPE $2, $2, big, zero;
+fma.rn.TYPE $3, $3, big, zero;
+}
+"""
+
 FOUR_BF16, FOUR_FP16 = tl.constexpr((tl.bfloat16,) * 4), tl.constexpr((tl.float16,) * 4)
 TWO_BF16, TWO_FP16 = tl.constexpr((tl.bfloat16,) * 2), tl.constexpr((tl.float16,) * 2)
 NIBBLES_BF16 = tl.constexpr(_fill(_SPLIT + _SYMMETRIC, "bf16"))
 NIBBLES_FP16 = tl.constexpr(_fill(_SPLIT + _SYMMETRIC, "fp16"))
 BYTES_BF16 = tl.constexpr(_fill(_BYTES + "}", "bf16"))
 BYTES_FP16 = tl.constexpr(_fill(_BYTES + "}", "fp16"))
+FLOATS_BF16 = tl.constexpr(_fill(_FLOATS["bf16"] + _TO_NUMBER, "bf16"))
+FLOATS_FP16 = tl.constexpr(_fill(_FLOATS["fp16"] + _TO_NUMBER, "fp16"))
 
 
 @triton.jit
@@ -111,6 +164,53 @@ def bytes_(words, MATH: tl.constexpr, ASM: tl.constexpr):
         a = _number(wide & 255, 128, MATH)
         b = _number((wide >> 8) & 255, 128, MATH)
     return a, b
+
+
+@triton.jit
+def floats(words, MATH: tl.constexpr, ASM: tl.constexpr):
+    """Return the four slices of 4-bit floats of int16 words, as ``nibbles``."""
+    if ASM:
+        a, b, c, d = tl.inline_asm_elementwise(
+            FLOATS_BF16 if MATH == BF16 else FLOATS_FP16, "=&r,=&r,=&r,=&r,r", [words],
+            dtype=FOUR_BF16 if MATH == BF16 else FOUR_FP16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        wide = words.to(tl.int32)
+        a = _float(wide >> 6, wide >> 15, MATH)
+        b = _float(wide >> 3, wide >> 12, MATH)
+        c = _float(wide, wide >> 14, MATH)
+        d = _float(wide >> 9, wide >> 13, MATH)
+    return a, b, c, d
+
+
+@triton.jit
+def _float(magnitude, sign, MATH: tl.constexpr):
+    """Return the number of an e2m1 magnitude (three low bits) and a sign (lowest bit)."""
+    bits = magnitude & 7
+    # Twice the number: 0, 1 below the first power of two, then (2 + m) 2^(e - 1).
+    doubled = tl.where(bits < 2, bits, (2 | (bits & 1)) << (tl.maximum(bits >> 1, 1) - 1))
+    number = doubled.to(tl.float32) * tl.where((sign & 1) == 1, -0.5, 0.5)
+    if MATH == BF16:
+        number = number.to(tl.bfloat16)
+    elif MATH == FP16:
+        number = number.to(tl.float16)
+    return number
+
+
+@triton.jit
+def scale_number(scale, FORMAT: tl.constexpr):
+    """Return scales in float32. ``FORMAT``: 0 floating point, 1 the bytes of e4m3, 2 those of e8m0."""
+    if FORMAT == 1:
+        # e4m3 in the place of float16 is 2^-8 times the number, also where it is subnormal.
+        wide = scale.to(tl.int32)
+        half = (((wide & 128) << 8) | ((wide & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+        number = half.to(tl.float32) * 256.0
+    elif FORMAT == 2:
+        # The exponent of float32 has the same bias; 2^-127 is a subnormal number there.
+        number = tl.maximum(scale.to(tl.int32) << 23, 0x00400000).to(tl.float32, bitcast=True)
+    else:
+        number = scale.to(tl.float32)
+    return number
 
 
 @triton.jit

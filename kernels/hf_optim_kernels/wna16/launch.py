@@ -13,7 +13,7 @@ from ..common.compute_type import compute_constants
 from ..common.dense import multiply_decoded, over_rows
 from ..common.launch import is_aligned, launch
 from ..common.splitk import launch_split, new_semaphores
-from . import wide
+from . import float4, wide
 from .kernel import _dense_kernel, _linear_kernel
 from .naive import PackedTensors, slice_columns, slices_per_scale
 
@@ -24,6 +24,9 @@ _TILE_NAMES = ("KERNEL", "BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages
 LIBRARY = dict(zip(_TILE_NAMES, ("library", 0, 0, 1, 0, 0), strict=True))
 # With fewer, the fused kernel is faster.
 LEAST_WIDE_ROWS = 32
+LEAST_SCALED_ROWS = 32
+# The names of the products with 4-bit floats, in tables of tiles.
+NAMES = {float4.NVFP4: "nvfp4", float4.MXFP4: "mxfp4"}
 # A layer whose decoded weight is larger is decoded and multiplied in parts.
 MOST_BYTES = 256 << 20
 
@@ -66,21 +69,30 @@ def semaphores_for(N: int, device: torch.device) -> Tensor:
     return new_semaphores(4 * max(1, -(-N // 64)), device)
 
 
+def scales_numbers(block_m: int, format: int, dtype: torch.dtype) -> bool:
+    """Return True if scales of 4-bit floats multiply the numbers of a tile, not the sums of its groups.
+
+    Few rows have few sums. e8m0 reaches beyond the exponents of float16.
+    """
+    return block_m >= LEAST_SCALED_ROWS and not (format == float4.MXFP4 and dtype == torch.float16)
+
+
 def tiles_for(
-    M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device, is_wide: bool = False
+    M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device, is_wide: bool = False, format: int = 0
 ) -> dict[str, Any]:  # fmt: skip
     """Return the tiles for ``M`` rows; ``is_wide``: those of ``wide`` can run."""
     usable = lambda tiles: is_wide or tiles["KERNEL"] != "wide"  # noqa: E731
     guess = lambda rows: default(rows, N, K, width)  # noqa: E731
-    return tuning.choose(f"w{width}a16", (N, K), M, dtype, device, guess, usable, is_wide)
+    op = NAMES[format] if format else f"w{width}a16"
+    return tuning.choose(op, (N, K), M, dtype, device, guess, usable, is_wide)
 
 
 def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None) -> Tensor:
     """Return ``x W^T + bias`` [M, out] by the fused kernel: ``x`` [M, in] with contiguous rows, M > 0."""
-    packed, scale, zero, bias, semaphores, width, group_size = weight
+    packed, scale, zero, bias, semaphores, width, group_size, format, divisor = weight
     assert semaphores is not None
     (M, K), N = x.shape, packed.shape[1]
-    tiles = tiles or tiles_for(M, N, K, width, x.dtype, x.device)
+    tiles = tiles or tiles_for(M, N, K, width, x.dtype, x.device, format=format)
     block_m, block_n, warps, stages = (tiles[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
     grid_n, grid_m = -(-N // block_n), -(-M // block_m)
     split = tiles["SPLIT"] if grid_n * grid_m <= semaphores.numel() else 1
@@ -89,9 +101,13 @@ def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None)
         **_layout_constants(weight, K), "HAS_BIAS": bias is not None, "WIDTH": width,
         **compute_constants(x.dtype, _linear_kernel), "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split,
     }  # fmt: skip
+    if format:
+        constants |= {"FORMAT": format, "SCALED": scales_numbers(block_m, format, x.dtype)}
+        zero = divisor
     key = (
         x.dtype, scale.dtype, zero.dtype if zero is not None else 0, bias.dtype if bias is not None else 0, N, K,
-        stride, group_size, width, split, block_m, block_n, warps, stages, is_aligned(x, packed),
+        stride, group_size, width, split, block_m, block_n, warps, stages, is_aligned(x, packed), format,
+        constants.get("SCALED"),
     )  # fmt: skip
     before = (x, packed, scale, zero if zero is not None else scale, bias if bias is not None else scale)
     return launch_split(
@@ -123,14 +139,17 @@ def dense(
     if count < N:
         scale, zero = (None if t is None else t.contiguous() for t in (scale, zero))
     assert scale is not None
+    format = {"FORMAT": weight.format} if weight.format else {}
+    if weight.divisor is not None:
+        zero = weight.divisor[first : first + count]
     launch(
         _dense_kernel, (tiles, -(-count // block), 1),
         (here, scale, zero if zero is not None else scale, out, count, columns, here.stride(0)),
         {**_layout_constants(weight, columns), "WIDTH": width, **compute_constants(dtype, _dense_kernel),
-         "BLOCK_N": block},
+         "BLOCK_N": block, **format},
         num_warps=4, num_stages=1,
         key=(dtype, scale.dtype, zero.dtype if zero is not None else 0, count, columns, N, weight.group_size, width,
-             is_aligned(here, scale, out)),
+             is_aligned(here, scale, out), weight.format),
     )  # fmt: skip
     return out
 
@@ -150,7 +169,7 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = Non
     """Return ``x W^T + bias`` for ``x`` [M, in] with contiguous rows, M > 0, with ``tiles`` instead of the choice."""
     (M, K), N = x.shape, weight.packed.shape[1]
     is_wide = M > LEAST_WIDE_ROWS and wide.supports(x, weight)
-    found = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device, is_wide)
+    found = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device, is_wide, weight.format)
     if found["KERNEL"] == "wide":
         if tiles is not None:  # who times configurations wants this one, or its error
             return wide.product(x, weight, tiles)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..common.codes import Codes
 from ..common.launch_plan import PlannedLinear
 from ..common.support import unsupported_device, unsupported_dtype
-from . import naive, op
+from . import float4, naive, op
 
 NAME = "wna16"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -23,8 +23,15 @@ LEAST_WEIGHTS = 1 << 20
 
 
 def supports(weight: Any) -> str | None:
-    """Return None if the kernel can run a weight, otherwise the reason; ``""`` unless it is weight-only integer."""
-    if weight.kind != "int" or weight.inputs is not None:
+    """Return None if the kernel can run a weight, otherwise the reason; ``""`` unless it is weight-only.
+
+    Its numbers are integers or 4-bit floats.
+    """
+    if weight.inputs is not None:
+        return ""
+    if weight.kind == "float4":
+        return _unsupported_float4(weight)
+    if weight.kind != "int":
         return ""
     if not 2 <= weight.bits <= 8:
         return f"{weight.bits}-bit codes are not supported, only 2 to 8 bits"
@@ -32,6 +39,16 @@ def supports(weight: Any) -> str | None:
         from . import cpu
 
         return cpu.unsupported_reason(weight)
+    return _unsupported_layout(weight) or unsupported_device(weight.device)
+
+
+def _unsupported_float4(weight: Any) -> str | None:
+    if weight.group_size not in float4.GROUPS.values() or weight.ordered:
+        return f"4-bit floats in groups of {weight.group_size} are neither NVFP4 nor MXFP4"
+    if weight.device.type == "cpu":
+        from . import float4_cpu
+
+        return unsupported_dtype(weight.dtype, float4_cpu.DTYPES)
     return _unsupported_layout(weight) or unsupported_device(weight.device)
 
 
@@ -46,6 +63,11 @@ def _unsupported_layout(weight: Any) -> str | None:
 
 def prepack(weight: Any) -> nn.Module:
     """Return the packed form of a supported weight."""
+    if weight.device.type == "cpu" and weight.kind == "float4":
+        from . import float4_cpu
+
+        bias = None if weight.bias is None else weight.bias.detach()
+        return float4_cpu.Float4Linear(weight.codes(), weight.dtype, bias)
     if weight.device.type == "cpu":
         from . import cpu
 
@@ -59,6 +81,7 @@ class PackedWeight(PlannedLinear):
     Attributes:
         packed: int16 [k-tiles, out, slice], see ``naive.pack``.
         scale: [groups, out], as in the checkpoint; zero: uint8 [groups, out], or None.
+        divisor: float32 [out], of NVFP4, or None.
         order: int64 [in]: stored column ``j`` is column ``order[j]`` of the input; None for the identity.
         semaphores: int32, for programs that share a tile.
     """
@@ -68,6 +91,7 @@ class PackedWeight(PlannedLinear):
     zero: Tensor | None
     order: Tensor | None
     bias: Tensor | None
+    divisor: Tensor | None
     semaphores: Tensor
 
     def __init__(
@@ -82,18 +106,22 @@ class PackedWeight(PlannedLinear):
         group_size: int,
         columns: int,
         dtype: torch.dtype,
+        format: int = float4.INTEGER,
+        divisor: Tensor | None = None,
     ) -> None:
         super().__init__()
         from .launch import semaphores_for
 
         self.bits, self.width, self.group_size, self.columns = bits, _width(bits), group_size, columns
-        self.dtype = dtype
-        self.label = f"wna16 Triton, {bits}-bit" + ("" if group_size >= columns else f", groups of {group_size}")
+        self.dtype, self.format = dtype, format
+        what = float4.NAMES[format] if format else f"{bits}-bit"
+        self.label = f"wna16 Triton, {what}" + ("" if group_size >= columns else f", groups of {group_size}")
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
         self.register_buffer("order", order)
         self.register_buffer("bias", bias)
+        self.register_buffer("divisor", divisor)
         self.register_buffer("semaphores", semaphores_for(packed.shape[1], packed.device))
 
     @classmethod
@@ -103,13 +131,16 @@ class PackedWeight(PlannedLinear):
         """Pack ``hf_optim.compressed.weights.Codes``."""
         width, columns = _width(bits), found.codes.shape[1]
         zero = found.zero
-        codes = found.codes
+        codes, scale = found.codes, found.scale
+        format, shared = float4.format_of(scale), getattr(found, "global_scale", None)
+        if format:
+            scale = scale.view(torch.uint8)
         if zero is None and bits != width:
             # Stored with more bits than it has: the zero offset moves.
             codes = codes + (2 ** (width - 1) - 2 ** (bits - 1))
         return cls(
-            naive.pack(codes, width, group_size),
-            found.scale.T.contiguous(),
+            naive.pack(codes, width, group_size, format),
+            scale.T.contiguous(),
             None if zero is None else zero.to(torch.uint8).T.contiguous(),
             found.order,
             None if bias is None else bias.detach(),
@@ -117,11 +148,17 @@ class PackedWeight(PlannedLinear):
             group_size=group_size,
             columns=columns,
             dtype=dtype,
+            format=format,
+            divisor=None if shared is None else shared.flatten().contiguous(),
         )
 
     def codes(self) -> Codes:
         """Return the codes, scales and zero points of the weight, bitwise identical to those it was packed from."""
-        codes = naive.unpack(self.packed, self.width, self.columns)
+        codes = naive.unpack(self.packed, self.width, self.columns, self.format)
+        if self.format:
+            scale = self.scale.T.contiguous().view(float4.E4M3 if self.format == float4.NVFP4 else float4.E8M0)
+            shared = None if self.divisor is None else self.divisor[:, None].contiguous()
+            return Codes(codes.contiguous(), scale, None, global_scale=shared)
         if self.zero is None and self.bits != self.width:
             codes = codes - (2 ** (self.width - 1) - 2 ** (self.bits - 1))
         zero = None if self.zero is None else self.zero.T.contiguous()
@@ -143,8 +180,9 @@ class PackedWeight(PlannedLinear):
     def tensors(self) -> naive.PackedTensors:
         """Return the arguments of the operator after the input."""
         return naive.PackedTensors(
-            self.packed, self.scale, self.zero, self.bias, self.semaphores, self.width, self.group_size
-        )
+            self.packed, self.scale, self.zero, self.bias, self.semaphores, self.width, self.group_size, self.format,
+            self.divisor,
+        )  # fmt: skip
 
 
 def join(packed_weights: list[Any]) -> nn.Module | None:
@@ -155,9 +193,9 @@ def join(packed_weights: list[Any]) -> nn.Module | None:
 
         return cpu.join(packed_weights)
     alike = all(
-        (o.bits, o.group_size, o.columns, o.dtype, o.zero is None, o.bias is None, o.scale.dtype)
+        (o.bits, o.group_size, o.columns, o.dtype, o.zero is None, o.bias is None, o.scale.dtype, o.format)
         == (first.bits, first.group_size, first.columns, first.dtype, first.zero is None, first.bias is None,
-            first.scale.dtype)
+            first.scale.dtype, first.format)
         and o.order is None
         for o in packed_weights
     )  # fmt: skip
@@ -173,6 +211,8 @@ def join(packed_weights: list[Any]) -> nn.Module | None:
         group_size=first.group_size,
         columns=first.columns,
         dtype=first.dtype,
+        format=first.format,
+        divisor=None if first.divisor is None else torch.cat([o.divisor for o in packed_weights]),
     )
 
 

@@ -6,6 +6,9 @@ row::
     W[n, k] = (code[n, k] - zero[g, n]) * scale[g, n],    g = k // group_size
 
 with codes in [0, 2^width), width 4 or 8, and ``zero`` = 2^(width - 1) where none is given (a symmetric grid).
+Or the numbers are 4-bit floats (``float4``) with scales of 8 bits, ``W[n, k] = number[n, k] * scale[g, n] /
+divisor[n]``.
+
 ``y = x W^T + bias`` is accumulated in float32 (float64 for float64 inputs) and rounded once, to the dtype of ``x``.
 """
 
@@ -16,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import float4
+
 WORD = 16
 MAX_SLICE = 64
 
@@ -25,12 +30,14 @@ class PackedTensors(NamedTuple):
 
     Attributes:
         packed: int16 [k-tiles, out, slice], made by ``pack``.
-        scale: [groups, out], floating point.
+        scale: [groups, out], floating point; of 4-bit floats uint8.
         zero: [groups, out], whole numbers in [0, 2^width), of any dtype; None for the symmetric grid.
         bias: [out], or None.
         semaphores: int32 split-k semaphores, zeros before and after a call; the specification does not read them.
         width: bits of a stored code, 4 or 8.
         group_size: columns that share a scale: a multiple of 16, or ``in`` or more for one scale per row.
+        format: the kind of numbers, ``float4.INTEGER``, ``NVFP4`` or ``MXFP4``.
+        divisor: float32 [out], of NVFP4; otherwise None.
     """
 
     packed: Tensor
@@ -40,6 +47,8 @@ class PackedTensors(NamedTuple):
     semaphores: Tensor | None
     width: int
     group_size: int
+    format: int = float4.INTEGER
+    divisor: Tensor | None = None
 
 
 def slice_columns(group_size: int, columns: int) -> int:
@@ -68,13 +77,14 @@ def slices_per_scale(group_size: int, width: int, columns: int) -> int:
     return next(count for count in (slices, slices // 2, 1) if held % count == 0)
 
 
-def pack(codes: Tensor, width: int, group_size: int) -> Tensor:
+def pack(codes: Tensor, width: int, group_size: int, format: int = float4.INTEGER) -> Tensor:
     """Pack codes [out, in], integers in [0, 2^width), as int16 [k-tiles, out, slice].
 
     A word holds the codes of ``16 / width`` columns that are a slice apart: bits ``s * width`` and up of word ``j``
     belong to column ``s * slice + j`` of the k-tile. So the words of a tile become one operand of the tensor cores per
     slice with a mask and no shuffle, two words to a register. Columns are padded with zeros to whole k-tiles. The rows
-    of a k-tile are contiguous: a program reads its tile as one block.
+    of a k-tile are contiguous: a program reads its tile as one block. The bits of 4-bit floats are placed as ``float4``
+    says.
     """
     rows, columns = codes.shape
     size, slices = slice_columns(group_size, columns), WORD // width
@@ -82,23 +92,32 @@ def pack(codes: Tensor, width: int, group_size: int) -> Tensor:
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, padding)).view(rows, -1, slices, size)
     words = torch.zeros(rows, codes.shape[1], size, dtype=torch.int32, device=codes.device)
     for index in range(slices):
-        words |= codes[:, :, index].to(torch.int32) << (index * width)
+        own = codes[:, :, index]
+        words |= float4.place_bits(own, index) if format else own.to(torch.int32) << (index * width)
     # Two's complement: words from 2^15 on are negative.
     return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16).transpose(0, 1).contiguous()
 
 
-def unpack(packed: Tensor, width: int, columns: int) -> Tensor:
+def unpack(packed: Tensor, width: int, columns: int, format: int = float4.INTEGER) -> Tensor:
     """Return the codes [out, in] (uint8) of packed words."""
     rows = packed.shape[1]
     words = packed.transpose(0, 1).to(torch.int32) & 0xFFFF
-    slices = [(words >> shift) & ((1 << width) - 1) for shift in range(0, WORD, width)]
+    if format:
+        slices = [float4.take_bits(words, index) for index in range(4)]
+    else:
+        slices = [(words >> shift) & ((1 << width) - 1) for shift in range(0, WORD, width)]
     return torch.stack(slices, dim=2).to(torch.uint8).reshape(rows, -1)[:, :columns]
 
 
 def dequantize(weight: PackedTensors, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weight [out, in] in ``dtype``; ``columns`` is ``in``."""
-    codes = unpack(weight.packed, weight.width, columns).to(dtype)
+    codes = unpack(weight.packed, weight.width, columns, weight.format)
     group = torch.arange(columns, device=codes.device) // weight.group_size
+    if weight.format:
+        scale = float4.scale_numbers(weight.scale, weight.format, dtype)
+        scale = scale if weight.divisor is None else scale / weight.divisor.to(dtype)
+        return float4.numbers(codes, dtype) * scale[group].T
+    codes = codes.to(dtype)
     offset = 2.0 ** (weight.width - 1) if weight.zero is None else weight.zero.to(dtype)[group].T
     return (codes - offset) * weight.scale.to(dtype)[group].T
 

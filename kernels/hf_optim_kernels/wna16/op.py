@@ -28,16 +28,16 @@ def linear(x: Tensor, weight: PackedTensors) -> Tensor:
 @torch.library.custom_op("hf_optim::wna16", mutates_args=())
 def wna16(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, counters: Tensor, width: int,
-    group_size: int,
+    group_size: int, format: int = 0, divisor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return ``x W^T + bias``: [..., out].
 
     Args:
         x: [..., in], float16, bfloat16 or float32.
         counters: the split-k semaphores, int32, made by ``launch.semaphores_for``; zeros before and after.
-        packed, scale, zero, bias, width, group_size: see ``naive.PackedTensors``.
+        packed, scale, zero, bias, width, group_size, format, divisor: see ``naive.PackedTensors``.
     """
-    return linear(x, PackedTensors(packed, scale, zero, bias, counters, width, group_size))
+    return linear(x, PackedTensors(packed, scale, zero, bias, counters, width, group_size, format, divisor))
 
 
 @wna16.register_fake
@@ -47,10 +47,11 @@ def _(x, packed, *_) -> Tensor:
 
 @torch.library.custom_op("hf_optim::wna16_dense", mutates_args=())
 def wna16_dense(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, width: int, group_size: int, columns: int, dtype: torch.dtype
+    packed: Tensor, scale: Tensor, zero: Tensor | None, width: int, group_size: int, columns: int, dtype: torch.dtype,
+    format: int = 0, divisor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the weight [out, in] in ``dtype``. Arguments as of ``wna16``; ``columns`` is ``in``."""
-    weight = PackedTensors(packed, scale, zero, None, None, width, group_size)
+    weight = PackedTensors(packed, scale, zero, None, None, width, group_size, format, divisor)
     if can_run_triton(packed):
         from . import launch
 
@@ -59,27 +60,29 @@ def wna16_dense(
 
 
 @wna16_dense.register_fake
-def _(packed, scale, zero, width, group_size, columns, dtype) -> Tensor:
+def _(packed, scale, zero, width, group_size, columns, dtype, *_) -> Tensor:
     return packed.new_empty((packed.shape[1], columns), dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, packed, scale, zero, _, _, width, group_size = inputs
-    ctx.save_for_backward(packed, scale, *(() if zero is None else (zero,)))
-    ctx.width, ctx.group_size, ctx.columns = width, group_size, x.shape[-1]
+    x, packed, scale, zero, _, _, width, group_size, format, divisor = inputs
+    ctx.held = zero is not None, divisor is not None
+    ctx.save_for_backward(packed, scale, *(each for each in (zero, divisor) if each is not None))
+    ctx.width, ctx.group_size, ctx.columns, ctx.format = width, group_size, x.shape[-1], format
 
 
 def _backward(ctx, grad: Tensor):
-    packed, scale, *zero = ctx.saved_tensors
+    packed, scale, *rest = ctx.saved_tensors
+    zero, divisor = (rest.pop(0) if held else None for held in ctx.held)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         weight = wna16_dense(
-            packed, scale, zero[0] if zero else None, ctx.width, ctx.group_size, ctx.columns, grad.dtype
+            packed, scale, zero, ctx.width, ctx.group_size, ctx.columns, grad.dtype, ctx.format, divisor
         )
         grad_x = grad @ weight
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, *(None,) * 5
 
 
 wna16.register_autograd(_backward, setup_context=_setup_context)

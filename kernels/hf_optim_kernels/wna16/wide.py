@@ -72,6 +72,7 @@ def supports(x: Tensor, weight: PackedTensors) -> bool:
     is_grouped = weight.group_size < K
     return (
         x.dtype in _HALVES
+        and not weight.format
         and K % SLICE == 0
         and N % 16 == 0
         and x.stride(0) % 8 == 0
@@ -94,7 +95,7 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
     """Return ``x W^T + bias`` [M, out] for operands that the kernel ``supports``."""
     from .wide_kernel import ASSEMBLY, wide_kernel
 
-    packed, scale, zero, bias, semaphores, width, group_size = weight
+    packed, scale, zero, bias, semaphores, width, group_size, *_ = weight
     assert semaphores is not None
     (M, K), N = x.shape, packed.shape[1]
     block_m, block_n, warps, ring = (tiles[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))

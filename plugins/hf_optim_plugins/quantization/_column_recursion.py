@@ -49,7 +49,7 @@ def recurse(
         start: ``[out, in]``, the values with which the recursion begins; None for ``weight``.
     """
     size = grid.spec.group_size or weight.shape[1]
-    if upper.is_cuda and upper.dtype == torch.float32:
+    if upper.is_cuda and upper.dtype == torch.float32 and not grid.spec.is_float4:
         try:
             from hf_optim_kernels.column_recursion import launch as kernels
         except ImportError as error:

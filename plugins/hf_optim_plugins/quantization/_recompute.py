@@ -419,5 +419,5 @@ def rotation(case: Any, step: Any) -> dict[str, Any]:
 def _same_gram(case: Any, heads: Any, turned: bool) -> bool:
     """Return True if the values of an attention were not rotated: inner products over the other dimension are kept."""
     old, new = (case.weight(model, heads.producer)[heads.rows.flatten()] for model in (case.before, case.after))
-    grams = [weight @ weight.T for weight in (old, new)] if turned else [old, new]
-    return torch.allclose(*grams, atol=1e-5)
+    one, other = (weight @ weight.T for weight in (old, new)) if turned else (old, new)
+    return torch.allclose(one, other, atol=1e-5)

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_optim import Contract, Scope, compressed, traits
+import torch
+
+from hf_optim import Contract, ModelError, RecipeError, Scope, compressed, traits
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import GridSpec, fit_group_size
@@ -14,6 +16,8 @@ from hf_optim.toolkit.quantization import GridSpec, fit_group_size
 if TYPE_CHECKING:
     from hf_optim import Card, Run
 
+# The columns that share a scale in the formats of 4-bit floats.
+FLOAT4_GROUPS = {"nvfp4": 16, "mxfp4": 32}
 # Floating-point weights become quantized ones; zeros stay zero.
 QUANTIZES = Contract(
     needs={traits.FLOAT_WEIGHTS},
@@ -35,9 +39,62 @@ def select_layers(step: Any, run: Run, scope: Scope, **options: Any) -> tuple[di
         NumericalError: for weights that are infinite or NaN.
         ModelError: for experts that could not be stored (see ``storable``).
     """
+    format = getattr(step, "format", "int")
+    if format in FLOAT4_GROUPS:
+        options = {**options, "integer": False}
     layers, skipped = compressed.storable(scope, step.targets, step.skip, label=run.label(step), **options)
+    layers = _fitting(layers, format, skipped, run.label(step)) if format in FLOAT4_GROUPS else layers
     require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(step))
     return layers, skipped
+
+
+def _fitting(layers: dict[str, Any], format: str, skipped: dict[str, list[str]], label: str) -> dict[str, Any]:
+    """Return the layers that 4-bit floats can be stored of; add the names of the others to ``skipped``."""
+    size = FLOAT4_GROUPS[format]
+    other = next((name for name, layer in layers.items() if layer.weight.dtype != torch.bfloat16), None)
+    if other is not None:
+        raise ModelError(
+            f"{label}: {other} is in {layers[other].weight.dtype}, and stock transformers decodes {format} to bfloat16 "
+            "only: load the model in bfloat16 (dtype=torch.bfloat16; --dtype bfloat16)"
+        )
+    for name in [name for name, layer in layers.items() if layer.weight.shape[1] % size]:
+        width = layers.pop(name).weight.shape[1]
+        skipped.setdefault(f"its {width} inputs are not a multiple of the {size} that share a scale", []).append(name)
+    return layers
+
+
+def require_float4_fields(step: Any, name: str, sizes: tuple[int | None, ...]) -> None:
+    """Raise ``RecipeError`` if the fields of a step contradict the 4-bit floats of its ``format``.
+
+    Args:
+        step: has ``format``, ``bits``, ``group_size``, ``symmetric`` and ``activations``.
+        name: of the technique.
+        sizes: group sizes that the step may have beside the format's own: its default, which says nothing.
+    """
+    if step.format not in FLOAT4_GROUPS:
+        return
+    size = FLOAT4_GROUPS[step.format]
+    if step.bits != 4 or not step.symmetric or step.activations is not None:
+        raise RecipeError(
+            f"{name}: format {step.format} has 4 bits, no zero points, and inputs as they are: set bits: 4, and leave "
+            "symmetric and activations at their defaults"
+        )
+    if step.group_size not in (size, *sizes):
+        raise RecipeError(f"{name}: format {step.format} has groups of {size}; leave group_size out")
+
+
+def require_signs(step: Any, name: str) -> None:
+    """Raise ``RecipeError`` for ``signed_scales`` of a grid that has none: with zero points, or of 4-bit floats."""
+    if step.signed_scales and not (step.symmetric and step.format == "int"):
+        raise RecipeError(
+            f"{name}: signed_scales are those of integers without zero points: leave signed_scales out, or set "
+            "symmetric: true and format: int"
+        )
+
+
+def bits_of(step: Any, run: Run, name: str) -> int:
+    """Return the bits of a layer's weight: those an earlier step assigned, unless the ``format`` has its own."""
+    return step.bits if getattr(step, "format", "int") != "int" else run.bits_of(name, step.bits)
 
 
 def cover_outside_blocks(step: Any, run: Run) -> None:
@@ -63,7 +120,7 @@ def weight_spec(
     symmetric: bool = True,
     *,
     strategy: Literal["tensor", "channel", "group"] | None = None,
-    format: Literal["int", "fp8"] = "int",
+    format: Literal["int", "fp8", "nvfp4", "mxfp4"] = "int",
 ) -> GridSpec:
     """Return the grid of a weight with ``in_features`` columns.
 
@@ -73,8 +130,10 @@ def weight_spec(
         group_size: inputs that share a scale; the largest divisor of ``in_features`` up to it is used. None: no groups.
         symmetric: no zero points.
         strategy: which weights share a scale; None: ``"group"`` with a ``group_size``, else ``"channel"``.
-        format: integer codes, or float8 (e4m3).
+        format: integer codes, float8 (e4m3), or 4-bit floats, which have groups of their own.
     """
+    if format == "nvfp4" or format == "mxfp4":
+        return GridSpec(4, format, "group", FLOAT4_GROUPS[format])
     size = fit_group_size(in_features, group_size) if group_size else None
     kind: Literal["float", "int"] = "float" if format == "fp8" else "int"
     return GridSpec(bits, kind, strategy or ("group" if group_size else "channel"), size, symmetric)

@@ -63,10 +63,13 @@ from ._column_recursion import column_order, recurse, refine
 from ._weights import (
     QUANTIZES,
     add_worst_layers,
+    bits_of,
     bits_phrase,
     keep_bits,
     report_bits,
     report_errors,
+    require_float4_fields,
+    require_signs,
     select_layers,
     weight_spec,
 )
@@ -104,6 +107,9 @@ class GPTQ(Technique):
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
             scale per output channel.
         symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
+        format: ``"int"``, or the 4-bit floats ``"nvfp4"`` and ``"mxfp4"``, in groups of 16 or 32 inputs, of models in
+            bfloat16; layers that read one input share NVFP4's scale of a tensor. Without a kernel for the recursion,
+            and without refinement.
         observer: scales from ``"minmax"`` of the weights, or from a search for the least sum of their rounding errors
             (``"mse"``).
         norm: exponent of the errors in that search, 2 for squares; a larger one clips less.
@@ -126,6 +132,7 @@ class GPTQ(Technique):
     bits: int = option(4, low=2, high=8)
     group_size: int | None = option(128, low=1)
     symmetric: bool = True
+    format: Literal["int", "nvfp4", "mxfp4"] = "int"
     observer: Literal["minmax", "mse"] = "minmax"
     activations: Literal["int8", "int4"] | None = None
     norm: float = option(2.4, low=1.0)
@@ -138,10 +145,14 @@ class GPTQ(Technique):
     true_sequential: bool = False
     precision: Literal["float32", "float64"] = "float32"
 
+    def validate(self) -> None:
+        require_float4_fields(self, "gptq", (None, 128))
+        require_signs(self, "gptq")
+
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         layers, skipped = select_layers(self, run, scope, experts=True, symmetric=self.symmetric)
-        wide = [name for name in layers if run.bits_of(name, self.bits) > 8]
+        wide = [name for name in layers if bits_of(self, run, name) > 8]
         layers = {name: layer for name, layer in layers.items() if name not in wide}
         run.cover(self, [], {**skipped, **({"more than 8 bits are assigned to it": wide} if wide else {})})
         yield from self._passes(run, scope, layers)
@@ -175,9 +186,9 @@ class GPTQ(Technique):
         """Quantize layers that read the same input; rows of equally many bits in one recursion."""
         what = f"{run.label(self)}: the Hessian of the inputs of {', '.join(layers)}"
         order = column_order(gram.total, self.act_order)
-        bits_of = {name: run.bits_of(name, self.bits) for name in layers}
+        known = {name: bits_of(self, run, name) for name in layers}
         errors = {}
-        for names, dense, codes, grid in self._rounded(layers, bits_of, gram.total, order, what):
+        for names, dense, codes, grid in self._rounded(layers, known, gram.total, order, what):
             begin = 0
             for name in names:
                 rows = slice(begin, begin := begin + len(layers[name].weight))
@@ -185,27 +196,28 @@ class GPTQ(Technique):
                 # The inputs of experts are not quantized: transformers reads no scheme for them.
                 inputs = self.activations if isinstance(layers[name], nn.Linear) else None
                 compressed.store(
-                    layers[name], compressed.scheme_of(own.spec, inputs), codes[rows], own.scale, own.zero_point
-                )
+                    layers[name], compressed.scheme_of(own.spec, inputs), codes[rows], own.scale, own.zero_point,
+                    global_scale=own.global_scale,
+                )  # fmt: skip
                 errors[name] = output_error(dense[rows], layers[name].weight, gram.total)
         report_errors(self, run, {name: errors[name] for name in layers})
-        keep_bits(self, run, bits_of)
+        keep_bits(self, run, known)
         run.cover(self, layers)
 
     def _rounded(
-        self, layers: Mapping[str, nn.Linear], bits_of: Mapping[str, int], hessian: Tensor, order: Tensor, what: str
+        self, layers: Mapping[str, nn.Linear], known: Mapping[str, int], hessian: Tensor, order: Tensor, what: str
     ) -> list[tuple[list[str], Tensor, Tensor, Grid]]:
         """Return for each number of bits its layers, their weights one below the other, codes and grid of these."""
         factor = inverse_cholesky(hessian, self.damp, what, order)
         upper, damp = factor.upper, factor.damp
         found = []
-        for bits in dict.fromkeys(bits_of.values()):
-            names = [name for name, own in bits_of.items() if own == bits]
+        for bits in dict.fromkeys(known.values()):
+            names = [name for name, own in known.items() if own == bits]
             # A copy, because storing writes into the weights.
             dense = torch.cat([layers[name].weight.detach() for name in names])
             grid = self._grid(dense, bits, hessian.diagonal())
             found.append((names, dense, recurse(dense, upper, order, grid, self.block_size), grid))
-        if not self.refine:
+        if not self.refine or self.format != "int":  # scales of 4-bit floats are few: least squares does not find them
             return found
         del factor, upper  # the other factor takes their memory
         with damped(hessian, damp):
@@ -217,7 +229,7 @@ class GPTQ(Technique):
 
     def _grid(self, weight: Tensor, bits: int, energy: Tensor) -> Grid:
         """Return the scales of the recursion, from the original weights."""
-        spec = weight_spec(weight.shape[1], bits, self.group_size, self.symmetric)
+        spec = weight_spec(weight.shape[1], bits, self.group_size, self.symmetric, format=self.format).fitted(weight)
         # In strips of rows, because the search holds several copies of them.
         importance = energy if self.weigh_inputs else None
         return stack(

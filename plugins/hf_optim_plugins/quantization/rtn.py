@@ -8,8 +8,9 @@ With a range ``[l, h]`` of the values that share a scale, ``b`` bits and codes f
     code         q = clamp(round(w / scale) + z)           value (q - z) * scale
 
 so that ``|value - w| <= scale / 2`` and zero is always on the grid. FP8 takes float8 (e4m3) codes, ``scale = max|w| /
-448``. A scale is shared by the tensor, an output channel or a group of inputs; for activations by a token, computed on
-the fly, or by the tensor, from calibration data.
+448``. NVFP4 and MXFP4 take 4-bit floats (e2m1) with an e4m3 scale for 16 inputs, or a power of two for 32
+(``hf_optim.toolkit.quantization.float4``). A scale is shared by the tensor, an output channel or a group of inputs; for
+activations by a token, computed on the fly, or by the tensor, from calibration data.
 
 Names used elsewhere: W8A32 is ``bits: 8`` alone; W8A8 adds ``activations: int8``; W32A8 is ``bits: null, activations:
 int8``; W4A16 and W3A16 are ``bits: 4`` (``3``) with a ``group_size``.
@@ -31,7 +32,7 @@ from hf_optim.toolkit.quantization import Grid, GridSpec, make_grid, qparams_fro
 from hf_optim.toolkit.statistics import TensorMinMax
 from hf_optim.toolkit.topology import ExpertLinear, not_reached
 
-from ._weights import QUANTIZES, select_layers, weight_spec
+from ._weights import FLOAT4_GROUPS, QUANTIZES, require_float4_fields, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -63,7 +64,8 @@ class RTN(Technique):
         skip: patterns of layers to leave out.
         bits: of a weight, 2 to 8; None leaves the weights unquantized (W32A8). Bits that an earlier step has assigned
             to a layer take precedence.
-        format: ``"int"``, or ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``.
+        format: ``"int"``; ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``; ``"nvfp4"`` or ``"mxfp4"``: 4-bit floats
+            in groups of 16 or 32, with ``bits: 4``, of models in bfloat16.
         strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"`` (of
             inputs). None: ``group`` if a ``group_size`` is given, else ``channel``.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used.
@@ -79,7 +81,7 @@ class RTN(Technique):
     targets: tuple[str, ...] = ("Linear",)
     skip: tuple[str, ...] = ()
     bits: int | None = option(8, low=2, high=8)
-    format: Literal["int", "fp8"] = "int"
+    format: Literal["int", "fp8", "nvfp4", "mxfp4"] = "int"
     strategy: Literal["tensor", "channel", "group"] | None = None
     group_size: int | None = option(None, low=1)
     symmetric: bool = True
@@ -95,6 +97,9 @@ class RTN(Technique):
             raise RecipeError(
                 "rtn: format fp8 has 8 bits and no zero point; leave bits and symmetric at their defaults"
             )
+        if self.format in FLOAT4_GROUPS and self.strategy in ("tensor", "channel"):
+            raise RecipeError(f"rtn: format {self.format} has groups; leave strategy out")
+        require_float4_fields(self, "rtn", (None,))
         if self.strategy == "group" and self.group_size is None:
             raise RecipeError("rtn: strategy group needs a group_size, such as 128")
         if self.group_size is not None and self.strategy in ("tensor", "channel"):
@@ -132,7 +137,7 @@ class RTN(Technique):
         run.cover(self, layers, skipped)
 
     def _bits(self, run: Run, name: str) -> int | None:
-        """Return the bits of a layer's weight: those an earlier step assigned, unless it is fp8 or not quantized."""
+        """Return the bits of a layer's weight: those an earlier step assigned, unless it is float or not quantized."""
         return run.bits_of(name, self.bits) if self.bits and self.format == "int" else self.bits
 
     def _spec(self, in_features: int, bits: int) -> GridSpec:
@@ -173,7 +178,7 @@ def quantize(
         compressed.store(layer, scheme, input_scale=inputs[0], input_zero_point=inputs[1])
     else:
         codes = grid.quantize(layer.weight.detach())
-        compressed.store(layer, scheme, codes, grid.scale, grid.zero_point, *inputs)
+        compressed.store(layer, scheme, codes, grid.scale, grid.zero_point, *inputs, global_scale=grid.global_scale)
 
 
 @hookimpl

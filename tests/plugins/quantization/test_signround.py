@@ -283,7 +283,7 @@ def test_refusals_give_the_reason(tmp_path):
         optimize(tiny_llama(), {"steps": [{"technique": "signround"}], "driver": "whole_model"}, calibration=IDS)
     with pytest.raises(ModelError, match=r"step 1 \(signround\).*Conv1D"):
         learned(tiny_gpt2())
-    with pytest.raises(RecipeError, match=r"signround: signed_scales are those of a grid without zero points"):
+    with pytest.raises(RecipeError, match=r"signround: signed_scales are those of integers without zero points"):
         learned(tiny_llama(), symmetric=False, signed_scales=True)
     with pytest.raises(RecipeError, match=r"signround: tune_norms needs optimizer: adam"):
         learned(tiny_llama(), tune_norms=True)
