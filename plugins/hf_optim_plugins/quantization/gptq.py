@@ -111,8 +111,10 @@ class GPTQ(Technique):
             bfloat16; layers that read one input share NVFP4's scale of a tensor. Without a kernel for the recursion,
             and without refinement.
         observer: scales from ``"minmax"`` of the weights, or from a search for the least sum of their rounding errors
-            (``"mse"``).
+            (``"mse"``), each weighted by the mean square of its input.
         norm: exponent of the errors in that search, 2 for squares; a larger one clips less.
+        signed_scales: scales of symmetric grids may be negative, so that the code more at one end stands for the larger
+            side of a group.
         refine: rounds of refinement after the recursion: scales fitted to the codes, then one sweep over the codes.
             0 for the recursion alone, the paper's method.
         act_order: process the columns of the largest inputs (mean square) first.
@@ -136,7 +138,6 @@ class GPTQ(Technique):
     observer: Literal["minmax", "mse"] = "minmax"
     activations: Literal["int8", "int4"] | None = None
     norm: float = option(2.4, low=1.0)
-    weigh_inputs: bool = False
     signed_scales: bool = False
     refine: int = option(3, low=0)
     act_order: bool = True
@@ -231,7 +232,7 @@ class GPTQ(Technique):
         """Return the scales of the recursion, from the original weights."""
         spec = weight_spec(weight.shape[1], bits, self.group_size, self.symmetric, format=self.format).fitted(weight)
         # In strips of rows, because the search holds several copies of them.
-        importance = energy if self.weigh_inputs else None
+        importance = energy if self.observer == "mse" else None
         return stack(
             [
                 make_grid(rows, spec, self.observer, None, importance, signed=self.signed_scales, norm=self.norm)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_optim import Contract, Reload, Technique, compressed, hookimpl, optimize, technique
-from hf_optim.errors import ModelError, NumericalError
+from hf_optim.errors import ModelError, NumericalError, RecipeError
 from hf_optim.recipes.traits import BITS_ASSIGNED
 from hf_optim.runs.run import run_of
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
@@ -256,18 +256,49 @@ def test_the_card_has_the_bits_that_an_earlier_step_assigned():
 
 
 @pytest.mark.parametrize("fields", [{}, {"norm": 2.0}])
-def test_the_search_for_scales_has_the_norm_of_the_option(fields):
-    model, dense = tiny_llama(), tiny_llama()
+def test_the_search_for_scales_weights_each_input_by_its_energy(fields):
+    model = tiny_llama()
+    layers = {name: model.get_submodule(f"model.layers.0.mlp.{name}") for name in ("gate_proj", "down_proj")}
+    dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    with torch.no_grad(), SecondMoment(layers, "test") as grams:
+        model(IDS)
     model = quantized(model, bits=3, group_size=16, observer="mse", refine=0, **fields)
-    for name in ("gate_proj", "down_proj"):
-        weight, spec = (
-            dense.get_submodule(f"model.layers.0.mlp.{name}").weight.detach(),
-            GridSpec(3, "int", "group", 16),
-        )
+    for name, weight in dense.items():
+        spec, energy = GridSpec(3, "int", "group", 16), grams[name].total.diagonal()
         stored = model.get_submodule(f"model.layers.0.mlp.{name}").weight_scale
-        scales = {norm: make_grid(weight, spec, "mse", norm=norm).scale for norm in (2.0, 2.4)}
+        scales = {norm: make_grid(weight, spec, "mse", importance=energy, norm=norm).scale for norm in (2.0, 2.4)}
         assert not torch.equal(scales[2.0], scales[2.4])
         assert torch.equal(stored, scales[fields.get("norm", 2.4)])
+        assert not torch.equal(stored, make_grid(weight, spec, "mse", norm=fields.get("norm", 2.4)).scale)
+
+
+def test_a_large_weight_of_a_quiet_input_does_not_coarsen_its_channel():
+    """With one scale per channel, the range decides: a few large weights whose inputs are small took all codes."""
+    model = tiny_llama()
+    layer = model.model.layers[0].mlp.gate_proj
+    with torch.no_grad():
+        layer.weight[:, ::16] *= 12
+        # The inputs of these columns are quiet: the gain of the norm before is small there.
+        model.model.layers[0].post_attention_layernorm.weight[::16] *= 0.02
+    errors = {}
+    for observer in ("minmax", "mse"):
+        done = quantized(copy.deepcopy(model), bits=3, group_size=None, observer=observer, refine=0)
+        errors[observer] = run_of(done).record.steps["0"]["relative_error"]["model.layers.0.mlp.gate_proj"]
+    assert errors["mse"] < 0.3 * errors["minmax"]
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_signed_scales_use_the_code_more(bits):
+    models = [quantized(tiny_llama(), bits=bits, group_size=16, signed_scales=signed) for signed in (False, True)]
+    plain, signed = (run_of(model).record.steps["0"]["mean_relative_error"] for model in models)
+    assert signed < 0.9 * plain
+    scales = models[1].model.layers[0].mlp.gate_proj.weight_scale
+    assert bool((scales < 0).any()) and bool((scales > 0).any())
+
+
+def test_signed_scales_have_no_zero_points():
+    with pytest.raises(RecipeError, match="gptq: signed_scales are those of integers without zero points"):
+        GPTQ(signed_scales=True, symmetric=False)
 
 
 @pytest.mark.parametrize("fields", [{}, {"symmetric": False}, {"group_size": None}, {"precision": "float64"}])
