@@ -28,10 +28,19 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def sendable(tensor: Tensor) -> Tensor:
+    """Return a tensor that the process group takes: NCCL alone takes none of the CPU, so a copy on this rank's GPU."""
+    alone = tensor.device.type == "cpu" and str(dist.get_backend()) == "nccl"
+    return tensor.to(torch.device("cuda", torch.cuda.current_device())) if alone else tensor
+
+
 def all_reduce_(tensor: Tensor, how: Reduction) -> Tensor:
     """Replace a tensor by its sum, minimum or maximum over the ranks, in place on each rank, and return it."""
     if world_size() > 1:
-        dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[how])
+        held = sendable(tensor)
+        dist.all_reduce(held, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[how])
+        if held is not tensor:
+            tensor.copy_(held)
     return tensor
 
 
@@ -58,6 +67,7 @@ def union_over_ranks(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     mine = torch.full(most, -1)
     for place, row in enumerate(rows):
         mine[place, : len(row)] = torch.tensor(row)
+    mine = sendable(mine)
     gathered = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(gathered, mine)
     padded = (tuple(row) for one in gathered for row in one.tolist())
