@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..runs.progress import stage
 from ..runs.run import Run, find_run, require_sound
+from ..toolkit.distributed import collectives, fsdp
 from ..toolkit.exits import exits_of, save_exits, store_settings, stored_settings
 from ..trust import code
 from . import save_methods
@@ -163,8 +165,11 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
         return
     main = args[0] if args else kwargs.get("is_main_process", True)
     require_sound(run)
-    if not main:
+    shared = collectives.world_size() > 1 and fsdp.has_sharded_parameters(model)
+    if not main or (shared and collectives.rank()):  # transformers gathers on all ranks, and writes on the first one
         save_methods.call_former(model, "save_pretrained", save_directory, *args, **kwargs)
+        if shared:
+            dist.barrier()
         return
     if args:
         kwargs["is_main_process"] = main
@@ -180,6 +185,8 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
         use_default_mode(path for path in Path(save_directory).iterdir() if is_weights(path.name))
         drop_unused_code(run, Path(save_directory))
         run.record.write(Path(save_directory))
+    if shared:
+        dist.barrier()  # no rank goes on before the whole checkpoint is in its place
     if push:
         model.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
 

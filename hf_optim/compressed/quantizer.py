@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..runs.run import Run, find_run
+from ..toolkit.distributed.tensor_parts import require_whole
 from .codec import scheme_on
 from .dense_conversions import keep_model_names
 from .experts import (
@@ -57,6 +58,7 @@ def quantizer_class() -> type:
         def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, torch.Tensor] | None, dict]:
             if getattr(model, "_hf_peft_config_loaded", False):
                 return None, {}  # save_pretrained then saves the adapter only
+            require_whole(model)
             discard_decoding(model)
             keep_model_names(model)
             if native_experts(model):

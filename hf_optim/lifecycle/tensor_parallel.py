@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ModelError
 from ..recipes.config import OptimConfig
@@ -22,7 +23,7 @@ from ..toolkit.distributed import collectives
 from ..toolkit.distributed.agreement import as_text, fingerprint_of_files, require_agreement, versions
 from ..toolkit.distributed.liveness import LIMIT, watch_ranks
 from ..toolkit.distributed.rank_setting import SETTING, rank_setting_of, set_rank_setting
-from ..toolkit.distributed.tensor_parts import RANK
+from ..toolkit.distributed.tensor_parts import NOT_WHOLE, RANK
 from ..toolkit.experts import stored_exchange, stored_routing
 from ..trust.bounds import shown
 
@@ -155,16 +156,15 @@ def load_part(
     model.config.name_or_path = model.name_or_path = str(source)
     vars(model)[RANK] = f"rank {part.rank} of {part.ranks}"
     vars(model)[SOURCE] = str(source)
-    vars(model)["save_pretrained"] = refuse_save
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel):
+            vars(inner)["save_pretrained"] = refuse_save
     return model, info
 
 
 def refuse_save(*args: Any, **kwargs: Any) -> None:
     """Raise ``CheckpointError``: in place of ``save_pretrained`` of a model that is a part."""
-    raise CheckpointError(
-        "this rank has a part of the model, and its checkpoint would be one of a part: the whole one is the checkpoint "
-        "that it was loaded from. To change the weights, load it with one rank"
-    )
+    raise CheckpointError(NOT_WHOLE)
 
 
 def _plan_and_size(asked: Mapping[str, Any]) -> tuple[Any, int | None]:

@@ -124,6 +124,10 @@ def act_order(rank, world):
     return same("ordered", world)
 
 
+def act_order_with_scattered_groups(rank, world):
+    return same("scattered", world)
+
+
 def tied_embeddings(rank, world):
     return same("tied", world)
 
@@ -171,13 +175,19 @@ def dense_weights_are_cut_by_transformers(rank, world):
     part, whole = load("dense", world, tp_plan=None, optim_config=step), load("dense", 1)
     with torch.no_grad():
         ours, theirs = part(IDS).logits, whole(IDS).logits
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    part.save_pretrained(HOME / f"gathered-{world}")  # by all ranks, which have the whole checkpoint afterwards
+    saved = AutoModelForCausalLM.from_pretrained(HOME / f"gathered-{world}").state_dict()
+    same = all(torch.equal(value, saved[key]) for key, value in whole.state_dict().items())
+    return [float((ours - theirs).abs().max() / theirs.abs().max()), same]
 
 
 def what_cannot_be_cut_is_refused(rank, world):
     model = load("w4a16", world)
     return {
         "save": refusal(lambda: model.save_pretrained(HOME / "never")),
+        "save of the inner model": refusal(lambda: model.model.save_pretrained(HOME / "never")),
+        "save of the class": refusal(lambda: type(model).save_pretrained(model, HOME / "never")),
+        "rule": refusal(lambda: load("w4a16", world, tp_plan={"model.layers.*.mlp.dwn_proj": "replicated"})),
         "no plan": refusal(lambda: load("gpt2", world)),
         "heads": refusal(lambda: load("heads", world)),
         "experts": refusal(lambda: load("experts", world)),
@@ -234,6 +244,7 @@ MORE = [
     w8a8_static,
     float8,
     act_order,
+    act_order_with_scattered_groups,
     tied_embeddings,
     qwen3_moe,
     checkpoints_of_other_tools,

@@ -28,6 +28,8 @@ LIMIT = 30.0
 """Seconds without a beat after which a rank has ended."""
 EXIT_STATUS = 75
 LEFT = b"left"
+KEEPER = 0
+"""The rank whose process keeps the store, unless the launcher does."""
 T = TypeVar("T")
 _watch: Watch | None = None
 
@@ -69,8 +71,18 @@ class Watch:
         self._thread.join(self.step * 2)
         try:
             self.store.set(str(self.rank), LEFT.decode())
+            if self.rank == KEEPER:
+                self._let_others_look()
         except Exception:  # the rank that keeps the store may have left before
             return
+
+    def _let_others_look(self) -> None:
+        """Keep the store until the others, which may go on alone, have seen that this rank ends in order."""
+        end = time.monotonic() + 2 * self.step
+        while time.monotonic() < end:
+            if all(bytes(self.store.get(str(other))) == LEFT for other in self._seen):
+                return
+            time.sleep(self.step / 8)
 
     def message(self) -> str:
         """Return which rank has ended, and what to do."""
@@ -91,6 +103,8 @@ class Watch:
                 self._look()
             except Exception:
                 # The store answers no more: the rank (or the launcher) that keeps it has ended.
+                if self.rank != KEEPER and self._seen[KEEPER][0] == LEFT:
+                    return  # in order, and no rank can be watched any more
                 self._seen = {other: seen for other, seen in self._seen.items() if seen[0] != LEFT}
             self._judge()
             if self.silent is not None:

@@ -26,11 +26,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ...errors import CheckpointError
 from . import collectives
 from .liveness import guarded
 
 PART = "_hf_optim_part"
 RANK = "_hf_optim_rank"
+NOT_WHOLE = (
+    "this rank has a part of the model, and its checkpoint would be one of a part: the whole one is the checkpoint "
+    "that it was loaded from. To change the weights, load it with one rank"
+)
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
 ROWS, COLUMNS, GATHERED, WHOLE, EXPERTS = "rows", "columns", "gathered", "whole", "experts"
 
@@ -82,6 +87,12 @@ class Part:
 def part_of(module: nn.Module) -> Part | None:
     """Return the part that a module is, or None for a module that was not cut."""
     return vars(module).get(PART)
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise ``CheckpointError`` for a model with modules that were cut: it cannot be saved."""
+    if any(part_of(module) is not None for module in model.modules()):
+        raise CheckpointError(NOT_WHOLE)
 
 
 def attach_part(module: nn.Module, part: Part) -> None:

@@ -65,7 +65,25 @@ def plan_of(model: Any, given: Any = "auto") -> dict[str, str]:
 
 def style_of(name: str, plan: Mapping[str, str]) -> str | None:
     """Return the style of a module, or None if the plan does not name it."""
-    return plan.get(name) or plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
+    return plan.get(name) or plan.get(_pattern(name))
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def require_modules(model: Any, given: Any) -> None:
+    """Raise ``ModelError`` for a rule of a call that names nothing of a model, and would change nothing."""
+    if not isinstance(given, Mapping):
+        return
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    known = {*names, *map(_pattern, names), *(getattr(model, "tp_plan", None) or {})}
+    for name in given:
+        if str(name) not in known:
+            raise ModelError(
+                f"tp_plan names {shown(str(name))}, and {type(model).__name__} has no such module: numbers of layers "
+                "are written as *"
+            )
 
 
 def require_divisible_heads(config: Any, plan: Mapping[str, str], ranks: int) -> None:

@@ -103,6 +103,13 @@ class _Ring:
         found = self.layers[(index + 1) % len(self.layers)]()
         return found if found is not None and found.index != index and found.is_initialized else None
 
+    def settle(self, layer: HostLayer) -> None:
+        """Wait on the host until no copy reads or writes the host memory of a layer, which may be freed then."""
+        self.link.finish(layer.written)
+        held = self.holds[self.slot_of(layer.index)]
+        if held is not None and held[0] == layer.index:
+            self.link.finish(held[1])
+
     def forget(self, index: int) -> None:
         """Take what a slot holds of a layer for outdated."""
         held = self.holds[self.slot_of(index)]
@@ -168,7 +175,7 @@ class HostLayer(DynamicLayer):
     def _grow(self, tokens: int) -> None:
         if tokens <= len(self.host):
             return
-        self.ring.link.finish(self.written)
+        self.ring.settle(self)
         host = self.ring.link.host((tokens + tokens // 2 + GROWTH) * self.host.shape[1]).view(-1, self.host.shape[1])
         host[: self.tokens].copy_(self.host[: self.tokens])
         self.host = host
@@ -209,7 +216,7 @@ class HostLayer(DynamicLayer):
         """Replace the rows of the batch by ``chosen(keys or values)``, on the host."""
         if not self.is_initialized:
             return
-        self.ring.link.finish(self.written)
+        self.ring.settle(self)
         keys, values = (chosen(each).contiguous() for each in self._views(self.host, self.tokens))
         self._set(keys.shape[0], self.heads, self.tokens)
         own = self._views(self.host, self.tokens)

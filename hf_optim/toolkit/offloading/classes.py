@@ -26,15 +26,54 @@ RESTORE = "call hf_optim.restore(model) first"
 
 
 class BlockState:
-    """What a streamed block needs: its place in the ring, and the class it had."""
+    """What a streamed block needs: its place in the ring, the class it had, and how its tensors were left."""
 
     def __init__(self, streamer: Streamer, index: int, name: str, block: nn.Module) -> None:
         self.streamer, self.index, self.name, self.former = streamer, index, name, type(block)
         self.at_store = False
+        self._left: list[tuple[str, Any, str, Tensor, int, int]] = []
+        self._merged = [
+            (f"{name}.{path}", module, _merged_of(module))
+            for path, module in block.named_modules()
+            if _merged_of(module) is not None
+        ]
 
     def to_slot(self) -> None:
         """Point the tensors of the block at its slot in the ring."""
-        point_at(self.streamer.stored[self.index].units, self.streamer.memory_of(self.index))
+        units = self.streamer.stored[self.index].units
+        point_at(units, self.streamer.memory_of(self.index))
+        self._left = []
+        for unit in units:
+            for place in unit.places:
+                held = place.held
+                if held is not None and place.key in held:
+                    tensor = held[place.key]
+                    self._left.append((unit.name, held, place.key, tensor, _version_of(tensor), tensor.data_ptr()))
+
+    def written(self) -> str:
+        """Return the name of a tensor of the block that was written to or replaced since; empty if there is none.
+
+        A fetch leaves the versions of tensors as they are. What is written through ``.data`` is seen only where
+        adapters say that they are merged.
+        """
+        for name, held, key, tensor, version, address in self._left:
+            if held.get(key) is not tensor or _version_of(tensor) != version or tensor.data_ptr() != address:
+                return name
+        return next((name for name, module, merged in self._merged if _merged_of(module) != merged), "")
+
+    def forget_writes(self) -> None:
+        """Have the adapters say again what is merged into the stored weights."""
+        for _, module, merged in self._merged:
+            module.merged_adapters[:] = merged or ()
+
+    def require_unwritten(self) -> None:
+        """Raise ``ModelError`` for a block whose weights were written to: the next fetch, or a save, would undo it."""
+        name = self.written()
+        if name:
+            raise ModelError(
+                f"{name} is offloaded and was written to or replaced, or an adapter was merged into it, which the next "
+                f"fetch undoes: {RESTORE}, change the weights, and offload the model again"
+            )
 
     def to_store(self) -> None:
         """Point the tensors of the block at its stored bytes, on the CPU, each in a storage of its own."""
@@ -49,6 +88,7 @@ class BlockState:
                 f"{self.name} is offloaded, and its weights are overwritten before a backward pass could read them: "
                 f"{RESTORE} to train the model, or run it under torch.no_grad()"
             )
+        self.require_unwritten()
         self.streamer.enter(self.index)
 
     @torch.compiler.disable
@@ -63,6 +103,16 @@ class ModelState:
         self, plan: OffloadPlan, streamer: Streamer | None, former: type[nn.Module], trained: set[str]
     ) -> None:
         self.plan, self.streamer, self.former, self.trained = plan, streamer, former, trained
+
+
+def _version_of(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _merged_of(module: nn.Module) -> tuple[str, ...] | None:
+    """Return the adapters that are merged into a layer of peft; None for another module."""
+    merged = vars(module).get("merged_adapters")
+    return tuple(merged) if isinstance(merged, list) else None
 
 
 def _needs_gradient(block: nn.Module, values: tuple[Any, ...]) -> Iterator[bool]:
@@ -179,6 +229,8 @@ def stored_weights(model: nn.Module) -> Iterator[None]:
 def _at_store(blocks: list[nn.Module]) -> Iterator[None]:
     states = [block.__dict__[STATE] for block in blocks]
     outer = [state for state in states if not state.at_store]
+    for state in outer:
+        state.require_unwritten()
     try:
         for state in outer:
             state.at_store = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,12 +112,13 @@ def place(
         readers=Reader.memory(threads) if to == DISK else 0, host_is_device=link.host_is_device,
     )  # fmt: skip
     reader = _reader(link, threads) if to == DISK or stored is not None else None
-    if stored is None:
-        _store(plan, known, link, folder)
-    else:
-        assert reader is not None
-        _bring(plan, known, link, reader)
-    streamer = Streamer(link, [known[i] for i in plan.streamed], plan.ahead, reader) if plan.streamed else None
+    with torch.inference_mode(False):  # buffers that were made in it could not be written to outside of it
+        if stored is None:
+            _store(plan, known, link, folder)
+        else:
+            assert reader is not None
+            _bring(plan, known, link, reader)
+        streamer = Streamer(link, [known[i] for i in plan.streamed], plan.ahead, reader) if plan.streamed else None
     if streamer is not None:
         plan = replace(plan, ring=sum(len(slot) for slot in streamer.slots), link=rates.link)
     states = [
@@ -173,6 +175,11 @@ def restore_weights(model: nn.Module) -> bool:
     for block in streamed_blocks(model):
         own: BlockState = block.__dict__[STATE]
         stored = own.streamer.stored[own.index]
+        if name := own.written():
+            warnings.warn(
+                f"{name} was written to while it was offloaded, and has its former values again", stacklevel=2
+            )
+            own.forget_writes()
         own.to_store()
         for unit in stored.units:
             memory = bytes_of(unit).to(own.streamer.link.device, copy=True)

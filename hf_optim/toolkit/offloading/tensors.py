@@ -182,7 +182,10 @@ def point_at(units: Iterable[Unit], memory: Tensor) -> None:
             if tensor.is_meta:
                 made = seen.get(id(tensor))
                 if made is None:
-                    made = nn.Parameter(value, requires_grad=False) if place.is_parameter else value
+                    # A view of the buffer would count the fetches as writes to it; this tensor counts its own alone.
+                    made = value.new_empty(0)
+                    made = nn.Parameter(made, requires_grad=False) if place.is_parameter else made
+                    made.data = value
                     seen[id(tensor)] = made
                 held[place.key] = made
             else:

@@ -216,6 +216,66 @@ def test_hooks_are_called(graphs):
         assert not packing.packing_of(model).captured.graphs
 
 
+def other_function(model, monkeypatch):
+    layer = model.encoder.layer[0].intermediate
+    layer.forward = lambda x: torch.tanh(layer.dense(x))
+
+
+def other_class(model, monkeypatch):
+    cls = type(model.encoder.layer[0].intermediate)
+    monkeypatch.setattr(cls, "forward", lambda self, x: torch.tanh(self.dense(x)))
+
+
+def other_mode(model, monkeypatch):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+
+
+def other_configuration(model, monkeypatch):
+    model.config.layer_norm_eps = 0.1
+
+
+def hook_of_all_modules(model, monkeypatch):
+    hooks = torch.nn.modules.module._global_forward_hooks
+    monkeypatch.setitem(hooks, -1, lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [other_function, other_class, other_mode, other_configuration, hook_of_all_modules])
+def test_a_replay_of_what_the_model_was_is_not_used(change, graphs, monkeypatch):
+    model, inputs = pack(make()), batch()
+    layer = model.encoder.layer[0].intermediate
+    if change is other_function:
+        layer.forward = lambda x: torch.relu(layer.dense(x))
+    with torch.no_grad():
+        calls_of(model, inputs, 3)
+        change(model, monkeypatch)
+        replayed = graphs.replayed
+        model(**inputs)
+    # On a GPU the result of a replay would be the former model's.
+    assert graphs.replayed == replayed or not packing.packing_of(model).captured.graphs
+
+
+def test_a_model_whose_dropout_is_left_on_is_not_captured(graphs):
+    model, inputs = pack(make()), batch()
+    other_mode(model, None)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"embeddings.dropout is in training mode"):
+        calls_of(model, inputs, 3)
+    assert graphs.captured == 0
+
+
+def test_a_graph_is_not_kept_for_a_result_without_numbers(graphs):
+    model, inputs = pack(make()), batch()
+    mask = inputs.pop("attention_mask")
+    embedded = torch.randn(*mask.shape, 32, dtype=torch.float64)
+    with torch.no_grad(), no_warning():
+        for _ in range(3):
+            model(inputs_embeds=embedded * float("nan"), attention_mask=mask)
+        assert not packing.packing_of(model).captured.graphs
+        calls_of(model, {"inputs_embeds": embedded, "attention_mask": mask}, 2)
+    assert len(packing.packing_of(model).captured.graphs) == 1
+
+
 def test_a_capture_that_fails_is_told_once_and_launches_go_on(graphs):
     graphs.error = RuntimeError("no graph of this")
     model, inputs = make(), batch()

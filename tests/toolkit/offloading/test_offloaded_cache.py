@@ -50,6 +50,30 @@ def test_it_grows_crops_and_starts_again():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("change", ["grow", "reorder"])
+def test_no_copy_is_under_way_from_memory_that_is_given_up(change):
+    """Freed pinned memory is unmapped, whatever still reads it."""
+    model = tiny_llama(num_hidden_layers=4, max_position_embeddings=1024)
+    link = LateLink()
+    cache = hf_optim.offloaded_cache(model, link)
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=torch.randint(1, 60, (2, 20)), **{CACHE: cache})
+    first = cache.layers[0]
+    cache.layers[-1].ring.fetch(first)
+    assert any(source.data_ptr() == first.host.data_ptr() for _, source in link.waiting)
+    former = first.host
+    if change == "grow":
+        first._grow(len(former) + 1)
+    else:
+        first.reorder_cache(torch.tensor([1, 0]))
+    assert first.host is not former
+    begin, end = former.data_ptr(), former.data_ptr() + former.numel()
+    for target, source in link.waiting:
+        assert not begin <= source.data_ptr() < end
+        assert not begin <= target.data_ptr() < end
+
+
 def test_a_step_moves_each_layer_once():
     model = tiny_llama(num_hidden_layers=4)
     link, ids = LateLink(), torch.randint(1, 60, (1, 30))

@@ -158,6 +158,95 @@ def test_adapters_stay_on_the_device():
     assert all(torch.equal(v, before[k]) for k, v in model.unload().state_dict().items())
 
 
+def times_two(layer):
+    layer.weight.mul_(2)
+
+
+def replaced(layer):
+    layer.weight = torch.nn.Parameter(layer.weight * 2)
+
+
+def loaded(layer):
+    layer.load_state_dict({"weight": torch.zeros_like(layer.weight)})
+
+
+def cast(layer):
+    layer.half()
+
+
+@pytest.mark.parametrize("change", [times_two, replaced, loaded, cast])
+@pytest.mark.parametrize("reads", ["forward", "state_dict", "save_pretrained"])
+def test_weights_that_are_written_to_are_noticed(change, reads, tmp_path):
+    model = tiny_llama(num_hidden_layers=4)
+    inputs = inputs_for(model)
+    expected = logits(model, inputs)
+    place(model, "cpu", link=LateLink())
+    logits(model, inputs)
+    change(model.model.layers[2].mlp.up_proj)
+    calls = {
+        "forward": lambda: logits(model, inputs),
+        "state_dict": model.state_dict,
+        "save_pretrained": lambda: model.save_pretrained(tmp_path),
+    }
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj\.weight is offloaded and was written to"):
+            calls[reads]()
+    with pytest.warns(UserWarning, match="has its former values again"):
+        restore_weights(model)
+    if change is not replaced:
+        assert torch.equal(logits(model, inputs), expected)
+
+
+def test_adapters_that_are_merged_while_offloaded_are_noticed():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), config).eval()
+    inputs = inputs_for(tiny_llama())
+    expected = logits(model, inputs)
+    place(model, "cpu", link=LateLink())
+    model.merge_adapter()
+    with pytest.raises(ModelError, match=r"q_proj is offloaded and was written to.*or an adapter was merged into it"):
+        logits(model, inputs)
+    with pytest.warns(UserWarning, match="has its former values again"):
+        restore_weights(model)
+    assert torch.equal(logits(model, inputs), expected)  # adapters are beside the weights again
+    model.merge_adapter()
+    merged = logits(model, inputs)
+    place(model, "cpu", link=LateLink())
+    assert torch.equal(logits(model, inputs), merged)
+
+
+def test_offloaded_in_inference_mode_and_run_outside_of_it():
+    model = tiny_llama(num_hidden_layers=4)
+    inputs = inputs_for(model)
+    with torch.inference_mode():
+        expected = logits(model, inputs)
+        place(model, "cpu", link=LateLink())
+        assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, inputs), expected)
+    assert restore_weights(model)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_a_forward_that_a_hook_ended_leaves_the_ring_as_it_is():
+    model = tiny_llama(num_hidden_layers=5)
+    inputs = inputs_for(model)
+    expected = logits(model, inputs)
+    place(model, "cpu", link=LateLink())
+    for error in (ValueError, KeyboardInterrupt):
+
+        def end(*_, error=error):
+            raise error
+
+        handle = model.model.layers[2].mlp.register_forward_pre_hook(end)
+        with pytest.raises(error):
+            logits(model, inputs)
+        handle.remove()
+        assert torch.equal(logits(model, inputs), expected)
+
+
 def test_what_an_offloaded_model_refuses():
     model = place(tiny_llama(), "cpu", link=LateLink())
     for call, reason in (
