@@ -260,3 +260,17 @@ def test_a_replayed_layer_computes_the_same(make, rows, monkeypatch):
     for _ in range(2):
         assert torch.equal(layer.planned(x), computed)
     assert not layer.semaphores.any()
+
+
+def test_a_launch_names_every_constant():
+    """A launcher counts the constants, defaults among them, and only where a compiled kernel is launched again."""
+    from types import SimpleNamespace
+
+    from hf_optim_kernels.common.launch import _all_of
+
+    kernel = SimpleNamespace(arg_names=["x", "N", "BLOCK", "FORMAT"], __name__="_some_kernel")
+    assert list(_all_of(kernel, (1, 2), {"FORMAT": 0, "BLOCK": 64})) == ["BLOCK", "FORMAT"]
+    with pytest.raises(TypeError, match="_some_kernel: the constants FORMAT are missing"):
+        _all_of(kernel, (1, 2), {"BLOCK": 64})
+    with pytest.raises(TypeError, match="OTHER"):
+        _all_of(kernel, (1, 2), {"BLOCK": 64, "FORMAT": 0, "OTHER": 1})

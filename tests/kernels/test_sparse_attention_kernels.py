@@ -232,14 +232,14 @@ def test_the_operator_passes_pytorchs_own_checks(name):
     layout, segments = case.layout(), case.segments or (None, None)
     inputs = [each.float().requires_grad_() for each in case.tensors()]
     tensors = list(vars(layout).values())[1:]
-    arguments = (*inputs, *segments, *tensors, [], [layout.block], SCALE)
+    arguments = (*inputs, *segments, *tensors, [], [layout.block], SCALE, None)
     torch.library.opcheck(op._operator, arguments)
     out, lse = op._operator(*arguments)
     given = [out, lse, *inputs, *segments, *tensors]
     given = [each if each is None else each.detach() for each in given]
     for grad_lse in (None, torch.ones_like(lse)):
         torch.library.opcheck(
-            op._gradients, (torch.ones_like(out), grad_lse, *given, [], [layout.block], SCALE),
+            op._gradients, (torch.ones_like(out), grad_lse, *given, [], [layout.block], SCALE, None),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
@@ -375,7 +375,7 @@ def test_the_operator_on_the_kernels_passes_pytorchs_own_checks(device, cut):
     made = op.prepare(layout, *inputs[:2])
     lists = [getattr(layout, name) for name in list(layout.__dataclass_fields__)[1:]]
     tensors, numbers = list(made[: op.TENSORS]), [layout.block, *made[op.TENSORS :]]
-    arguments = (*(each.requires_grad_() for each in inputs), None, None, *lists, tensors, numbers, SCALE)
+    arguments = (*(each.requires_grad_() for each in inputs), None, None, *lists, tensors, numbers, SCALE, None)
     torch.library.opcheck(op._operator, arguments)
 
 

@@ -29,7 +29,7 @@ def computed(parts, name, rows, kernel, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(attend, "BLOCK", 32)
         patch.setattr(attend, "flash_on_cpu", lambda *tensors: False)
-        patch.setattr(attend, "_kernel", lambda *given: op.sparse_attention if kernel else None)
+        patch.setattr(attend, "installed_kernel", lambda *given: op.sparse_attention if kernel else None)
         out = attend.attend(*parts, HeadPatterns.of(PATTERNS[name], 4), 0.3, rows, way="blocks")
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     return [out, *torch.autograd.grad((out * weights.to(out)).sum(), parts)]

@@ -75,7 +75,7 @@ def launch(
     """
     device, compiled = device or args[0].device, None
     if device.type != "cuda" or is_interpreted(kernel):
-        kernel[grid](*args, **constants, **_options(num_warps, num_stages, registers, early))
+        kernel[grid](*args, **_all_of(kernel, args, constants), **_options(num_warps, num_stages, registers, early))
     elif device.index != current_device():
         with torch.cuda.device(device):
             return launch(
@@ -86,6 +86,7 @@ def launch(
         full_key = (id(kernel), device.index, key)
         compiled = _COMPILED.get(full_key)
         if compiled is None:
+            constants = _all_of(kernel, args, constants)
             made = kernel[grid](*args, **constants, **_options(num_warps, num_stages, registers, early))
             compiled = _COMPILED[full_key] = Compiled(made, constants)
         else:
@@ -94,6 +95,18 @@ def launch(
             compiled.run(*compiled.arguments(grid, current_stream(device.index), addresses))
     if RECORDER.log is not None:
         RECORDER.log.append((compiled, grid, args))
+
+
+def _all_of(kernel: Any, args: tuple, constants: dict[str, Any]) -> dict[str, Any]:
+    """Return the constants in the kernel's order. One that has a default must be given, too: a launch counts them.
+
+    Raises ``TypeError`` if one is missing, or is none of the kernel's.
+    """
+    names = kernel.arg_names[len(args) :]
+    if set(names) != set(constants):
+        wrong = sorted(set(names) ^ set(constants))
+        raise TypeError(f"{kernel.__name__}: the constants {', '.join(wrong)} are missing, or are not among its own")
+    return {name: constants[name] for name in names}
 
 
 def _options(warps: int, stages: int, registers: int, early: int) -> dict[str, int | bool]:

@@ -79,7 +79,7 @@ def _pairs_kernel(
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
     MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     EACH: tl.constexpr, GATE: tl.constexpr, LISTED: tl.constexpr, FROM_SLOT: tl.constexpr, TO_SLOT: tl.constexpr,
-    FORMAT: tl.constexpr = 0, SCALED: tl.constexpr = False,
+    FORMAT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles of out [S, N], or [S, N / 2] with ``GATE``.
 
@@ -129,7 +129,7 @@ def _down_kernel(
     stride_scale, stride_zero,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
     MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOP_K: tl.constexpr,
-    SPLIT: tl.constexpr, FORMAT: tl.constexpr = 0, SCALED: tl.constexpr = False,
+    SPLIT: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Compute out [T, N], the weighted sum over the pairs of each token: x [T TOP_K, K] by pair.
 

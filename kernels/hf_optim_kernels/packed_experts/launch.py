@@ -257,8 +257,7 @@ def _layout(weight: StackedWeight, block_m: int, dtype: torch.dtype) -> dict[str
     found = {
         "SLICE": slice_columns(size, columns), "GROUP": size,
         "PER_SCALE": slices_per_scale(size, weight.width, columns), "HAS_ZERO": weight.zero is not None,
-        "WIDTH": weight.width,
+        "WIDTH": weight.width, "FORMAT": weight.format,
+        "SCALED": bool(weight.format) and scales_numbers(block_m, weight.format, dtype),
     }  # fmt: skip
-    if weight.format:
-        found |= {"FORMAT": weight.format, "SCALED": scales_numbers(block_m, weight.format, dtype)}
     return found

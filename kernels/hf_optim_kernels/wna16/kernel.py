@@ -98,7 +98,7 @@ def _linear_kernel(
     x, packed, scale, zero, bias, out, partial, semaphores, M, N, K, stride_x, stride_tile,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, FORMAT: tl.constexpr = 0, SCALED: tl.constexpr = False,
+    SPLIT: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles of out [M, N].
 
@@ -138,7 +138,7 @@ def _linear_kernel(
 def _dense_kernel(
     packed, scale, zero, out, N, K, stride_tile,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
-    MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr = 0,
+    MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Decode out [N, K], the weight; a program decodes one k-tile of ``BLOCK_N`` rows."""
     wanted = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

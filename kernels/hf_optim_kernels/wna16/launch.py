@@ -101,13 +101,13 @@ def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None)
         **_layout_constants(weight, K), "HAS_BIAS": bias is not None, "WIDTH": width,
         **compute_constants(x.dtype, _linear_kernel), "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split,
     }  # fmt: skip
+    constants |= {"FORMAT": format, "SCALED": bool(format) and scales_numbers(block_m, format, x.dtype)}
     if format:
-        constants |= {"FORMAT": format, "SCALED": scales_numbers(block_m, format, x.dtype)}
         zero = divisor
     key = (
         x.dtype, scale.dtype, zero.dtype if zero is not None else 0, bias.dtype if bias is not None else 0, N, K,
         stride, group_size, width, split, block_m, block_n, warps, stages, is_aligned(x, packed), format,
-        constants.get("SCALED"),
+        constants["SCALED"],
     )  # fmt: skip
     before = (x, packed, scale, zero if zero is not None else scale, bias if bias is not None else scale)
     return launch_split(
@@ -139,14 +139,13 @@ def dense(
     if count < N:
         scale, zero = (None if t is None else t.contiguous() for t in (scale, zero))
     assert scale is not None
-    format = {"FORMAT": weight.format} if weight.format else {}
     if weight.divisor is not None:
         zero = weight.divisor[first : first + count]
     launch(
         _dense_kernel, (tiles, -(-count // block), 1),
         (here, scale, zero if zero is not None else scale, out, count, columns, here.stride(0)),
         {**_layout_constants(weight, columns), "WIDTH": width, **compute_constants(dtype, _dense_kernel),
-         "BLOCK_N": block, **format},
+         "BLOCK_N": block, "FORMAT": weight.format},
         num_warps=4, num_stages=1,
         key=(dtype, scale.dtype, zero.dtype if zero is not None else 0, count, columns, N, weight.group_size, width,
              is_aligned(here, scale, out), weight.format),
