@@ -191,8 +191,10 @@ def test_every_technique_is_one_file_without_underscore():
 
 
 def test_the_host_names_no_technique():
-    # These are words for activations, drivers, weights, architectures, files, places, exchanges and capacities, too.
-    names = TECHNIQUES - {"act", "blockwise", "compressed", "distilbert", "local", "offload", "parallelism", *ROUNDINGS}
+    # These are words for activations, drivers, weights, architectures, files, places, exchanges, capacities, and for
+    # settings of other tools, too.
+    words = {"act", "blockwise", "compressed", "distilbert", "local", "offload", "parallelism", "rotation", *ROUNDINGS}
+    names = TECHNIQUES - words
     for path in files("hf_optim"):
         if "testing" in path.relative_to(ROOT).parts:
             continue

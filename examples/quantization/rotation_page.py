@@ -30,11 +30,11 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Rotations",
         "",
-        "Perplexity on windows of 256 tokens of TinyStories' held-out stories, with 4-bit weights (symmetric, one scale",
-        "for 32 inputs) and inputs in 16, 8 and 4 bits (each token on a grid of its own). Written by",
-        "`examples/quantization/rotation_page.py` from the results of `rotation.py`. *hadamard* and *learned* are folded into",
-        "the weights; *online* adds the rotation of the inputs of down projections at run time. Settings of the learned",
-        "rotations were tried on babyllama-1m.",
+        "Perplexity on windows of 256 tokens of TinyStories' held-out stories, with 4-bit weights (symmetric, one",
+        "scale for 32 inputs) and inputs in 16, 8 and 4 bits (each token on a grid of its own). Written by",
+        "`examples/quantization/rotation_page.py` from the results of `rotation.py`. *hadamard* and *learned* are",
+        "folded into the weights; *online* adds the rotation of the inputs of down projections at run time. Settings",
+        "of the learned rotations were tried on babyllama-1m.",
     ]
     for model, found in results.items():
         lines += ["", f"## {model}", ""]
@@ -46,8 +46,8 @@ def page(results: dict[str, Any]) -> str:
                 lines += ["", f"After `{quantizer}`:", "", *table(found[quantizer])]
     lines += [
         "",
-        "Rotations folded into the weights gain little on models this small; the one at run time takes a third to a half of",
-        "what 4-bit inputs cost. With inputs in 16 bits a rotation can cost.",
+        "Rotations folded into the weights gain little on models this small; the one at run time takes a third to a",
+        "half of what 4-bit inputs cost. With inputs in 16 bits a rotation can cost.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest: of many like cases an eighth runs in ``make test``, and all in ``make test-models``."""
+"""A plugin of pytest: of many like cases a twelfth runs in ``make test``, and all in ``make test-models``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 
-EVERY = 8
+EVERY = 12
 # Tests of the conformance suite, which others import too and which has no marker of ours.
 CONFORMANCE = {
     "test_a_checkpoint_outlives_the_tool": pytest.mark.many("cls"),
@@ -18,9 +18,9 @@ CONFORMANCE = {
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark seven eighths of the cases of each function marked ``many`` as ``slow``: always the same, in no pattern.
+    """Mark eleven twelfths of the cases of each function marked ``many`` as ``slow``: always the same, in no pattern.
 
-    With names of parameters, as in ``many("cls")``, of the cases that agree in them an eighth is left, at least one.
+    With names of parameters, as in ``many("cls")``, of the cases that agree in them a twelfth is left, at least one.
     """
     alike: dict[tuple[str, ...], list[pytest.Item]] = defaultdict(list)
     for item in items:

@@ -153,7 +153,7 @@ def test_fp8_leaves_tables_in_full():
 
 
 # -- calibrated --------------------------------------------------------------------------------------------------------
-FIELDS = {"technique": "gptq", "bits": 4, "group_size": 16, "act_order": False, "precision": "float64"}
+FIELDS = {"technique": "gptq", "bits": 4, "group_size": 16, "act_order": False, "precision": "float64", "refine": 0}
 ALL = ["Linear", "*vision_tower*", "*multi_modal_projector*"]
 
 

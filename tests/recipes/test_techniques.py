@@ -49,7 +49,7 @@ def test_fields_are_checked():
     ("technique", "fields", "message"),
     [
         ("logit_kd", {"direction": "foward"}, "'forward', 'reverse', 'js', not 'foward'; did you mean 'forward'?"),
-        ("gptq", {"activations": "int3"}, "must be one of 'int8', 'int4', None, not 'int3'; did you mean 'int"),
+        ("gptq", {"activations": "int3"}, "must be one of 'int8', 'int4', None, not 'int3'; did you mean 'int8'?"),
         ("channel_permutation", {"score": "activations"}, "not 'activations'; did you mean 'activation'?"),
         ("gptq", {"targets": "Linear"}, "targets must be a list of names, not 'Linear'; write [Linear]"),
         ("gptq", {"targets": 3}, "targets must be a list of names, not 3"),
