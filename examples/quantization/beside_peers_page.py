@@ -60,13 +60,20 @@ def page(results: Mapping[str, Any]) -> str:
             better = "lower" if subject in LOWER_IS_BETTER else "higher"
             lines += [f"Dense {dense[subject]['quality']:.4f}; {better} is better.", ""]
         for group in GROUPS:
-            lines += [*_table(cells, subject, group), ""]
+            name = f"groups of {group}" if group else "one scale per channel"
+            run = _is_run(cells, subject, group)
+            lines += [*(_table(cells, subject, group) if run else [f"With {name}: not run."]), ""]
         lines.pop()
     lines += [*_recipes(cells), *_failures(cells)]
     found = sorted({f"{name} {text}" for cell in cells.values() for name, text in cell.get("versions", {}).items()})
     devices = sorted({cell["device"] for cell in cells.values() if "device" in cell})
     lines += ["", f"Computed on: {', '.join(devices) or 'nothing yet'}; {', '.join(found)}.", ""]
     return "\n".join(lines)
+
+
+def _is_run(cells: Mapping[str, Any], subject: str, group: int | None) -> bool:
+    """Return True if there is a result for a model and a grouping."""
+    return any(qualities(cells, subject, bits, group, method) for bits in BITS for method in METHODS)
 
 
 def _table(cells: Mapping[str, Any], subject: str, group: int | None) -> list[str]:
@@ -155,18 +162,22 @@ def _failures(cells: Mapping[str, Any]) -> list[str]:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Draw a panel for each model and grouping: quality by bits, a line for each method, whiskers over the draws."""
-    figure = Figure(figsize=(15, 7), layout="constrained")
+    """Draw a panel for each model and grouping with results: quality by bits, a line for each method, whiskers."""
+    shown = [(s, group) for group in GROUPS for s in SUBJECTS if _is_run(results["cells"], s, group)]
+    columns = max(1, min(len(SUBJECTS), len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    figure = Figure(figsize=(max(7.5, 3.75 * columns), 0.5 + 3.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(GROUPS), len(SUBJECTS), squeeze=False)
-    for row, group in enumerate(GROUPS):
-        for column, subject in enumerate(SUBJECTS):
-            _panel(panels[row][column], results, subject, group)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (subject, group) in zip(panels, shown, strict=False):
+        _panel(axes, results, subject, group)
+    for axes in panels[len(shown) :]:
+        axes.remove()
     handles: dict[str, Any] = {}
-    for axes in panels.flat:
+    for axes in panels[: len(shown)]:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     order = [label for label in (*(f"ours: {m}" for m in OURS), *PEERS, "dense") if label in handles]
-    figure.legend([handles[label] for label in order], order, loc="outside lower center", ncols=8, fontsize=9)
+    figure.legend([handles[label] for label in order], order, loc="outside lower center", ncols=2 * columns, fontsize=9)
     figure.savefig(path, dpi=100)
 
 

@@ -102,7 +102,10 @@ def _all_of(kernel: Any, args: tuple, constants: dict[str, Any]) -> dict[str, An
 
     Raises ``TypeError`` if one is missing, or is none of the kernel's.
     """
-    names = kernel.arg_names[len(args) :]
+    names = getattr(kernel, "arg_names", None)
+    if names is None:  # of a wrapper
+        return constants
+    names = names[len(args) :]
     if set(names) != set(constants):
         wrong = sorted(set(names) ^ set(constants))
         raise TypeError(f"{kernel.__name__}: the constants {', '.join(wrong)} are missing, or are not among its own")
