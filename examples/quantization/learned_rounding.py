@@ -57,22 +57,33 @@ def draw(windows: Tensor, count: int, seed: int) -> Tensor:
     return windows[order[:count]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(description: str, windows: int) -> argparse.ArgumentParser:
+    """Return a parser of the model, its data, the file of results and the windows of calibration."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--data", required=True, type=Path, help="a folder with calibration.jsonl and eval.jsonl")
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--windows", type=int, default=256, help="of calibration (256)")
+    parser.add_argument("--windows", type=int, default=windows, help=f"of calibration ({windows})")
+    return parser
+
+
+def opened(model: Path, data: Path, output: Path) -> tuple[Any, Tensor, Tensor, dict[str, Any]]:
+    """Return the model in float32, windows of calibration and of evaluation, and the results of the file."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    calibration, held_out = (all_windows(tokenizer, data / f"{name}.jsonl") for name in ("calibration", "eval"))
+    return dense, calibration, held_out, json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+
+
+def main() -> None:
+    parser = parser_of(__doc__.splitlines()[0], 256)
     parser.add_argument("--draws", type=int, default=3, help="of calibration data (3)")
     parser.add_argument("--resume", action="store_true", help="keep the draws of the file that had as many windows")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    dense = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    calibration, held_out = (all_windows(tokenizer, given.data / f"{name}.jsonl") for name in ("calibration", "eval"))
-    results = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {}
+    dense, calibration, held_out, results = opened(given.model, given.data, given.output)
     own = results.setdefault(given.model.name, {})
     own["dense"] = round(perplexity(dense, held_out)["perplexity"], 4)
     for bits in given.bits:

@@ -10,16 +10,13 @@ grid of its own. Results of other models in the file are kept; settings were cho
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from learned_rounding import all_windows, draw
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from learned_rounding import draw, opened, parser_of
 
 import hf_optim
 from hf_optim.evaluation.evaluate import perplexity
@@ -46,22 +43,15 @@ def steps_of(rotation: str, scheme: str, quantizer: str) -> list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--data", required=True, type=Path, help="a folder with calibration.jsonl and eval.jsonl")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--windows", type=int, default=128, help="of calibration (128)")
+    parser = parser_of(__doc__.splitlines()[0], 128)
     parser.add_argument("--evaluated", type=int, default=300, help="windows of evaluation (300)")
     parser.add_argument("--quantizers", nargs="*", default=["gptq", "rtn"])
     parser.add_argument("--rotations", nargs="*", default=list(ROTATIONS), choices=ROTATIONS)
     parser.add_argument("--schemes", nargs="*", default=list(INPUTS), choices=INPUTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    dense = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    calibration, held_out = (all_windows(tokenizer, given.data / f"{name}.jsonl") for name in ("calibration", "eval"))
+    dense, calibration, held_out, results = opened(given.model, given.data, given.output)
     held_out, data = held_out[: given.evaluated], draw(calibration, given.windows, 0)
-    results = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {}
     own = results.setdefault(given.model.name, {})
     own |= {"windows": given.windows, "evaluated": given.evaluated}
     own["dense"] = round(perplexity(dense, held_out)["perplexity"], 4)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..toolkit.modules.graph_capture import uncollected
+
 NOT_HELD = (type, types.ModuleType, types.CodeType, types.BuiltinFunctionType)
 """Objects that live as long as the process."""
 
@@ -33,13 +35,8 @@ def kept_after_deletion(make: Callable[[], nn.Module]) -> list[str]:
 @contextmanager
 def _without_collector() -> Iterator[None]:
     gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def held_tensors(root: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_optim_kernels.common import benchmark, launch_plan
-from hf_optim_kernels.common.launch import RECORDER, Compiled
+from hf_optim_kernels.common.launch import RECORDER, Compiled, _all_of
 from hf_optim_kernels.common.launch_plan import MOST_PLANS, PlannedLinear
 
 GRID, STREAM = (1, 2, 3), 7
@@ -264,10 +264,6 @@ def test_a_replayed_layer_computes_the_same(make, rows, monkeypatch):
 
 def test_a_launch_names_every_constant():
     """A launcher counts the constants, defaults among them, and only where a compiled kernel is launched again."""
-    from types import SimpleNamespace
-
-    from hf_optim_kernels.common.launch import _all_of
-
     kernel = SimpleNamespace(arg_names=["x", "N", "BLOCK", "FORMAT"], __name__="_some_kernel")
     assert list(_all_of(kernel, (1, 2), {"FORMAT": 0, "BLOCK": 64})) == ["BLOCK", "FORMAT"]
     with pytest.raises(TypeError, match="_some_kernel: the constants FORMAT are missing"):

@@ -78,7 +78,7 @@ def _record(
     # Other threads may use the device meanwhile: only this one must not do what a capture forbids.
     reason, is_full = "", False
     try:
-        with _uncollected(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with uncollected(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             try:
                 run()
             except Exception as error:
@@ -100,7 +100,7 @@ def _describe(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Hold garbage collection back: a graph or a tensor that it frees in a capture would invalidate the capture."""
     enabled = gc.isenabled()
     gc.disable()
@@ -130,7 +130,7 @@ def _end_capture(device: torch.device, random: Tensor, pool: Any, stream: Any) -
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with (
-            _uncollected(),
+            uncollected(),
             torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
         ):
             torch.zeros(1, device=device)
