@@ -4,13 +4,16 @@
     OUT=. python examples/gpu/float4.py correct time
 
 ``time`` are the layers of Qwen2.5-7B, which no tiles were tuned on, with the tiles that a model gets: cold cache,
-replayed graphs. ``search`` times other tiles, and both ways to apply scales, for a few of the rows. Results are kept in
-``float4.json`` in ``$OUT``.
+replayed graphs. ``search`` times other tiles on the layers of Llama-3-8B; processes of their own compile them first.
+Results are kept in ``float4.json`` in ``$OUT``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,14 +26,17 @@ from hf_optim_kernels.common.codes import Codes
 from hf_optim_kernels.packed_experts import layer as experts_layer
 from hf_optim_kernels.packed_experts import naive as experts_naive
 from hf_optim_kernels.wna16 import bench, float4, launch, layer, naive
+from hf_optim_kernels.wna16 import wide as wide_tiles
 
 DEVICE = benchmark.device()
 CUDA = DEVICE.type == "cuda"
 SHAPES = ((3584, 18944), (3584, 3584), (37888, 3584), (4608, 3584)) if CUDA else ((96, 160),)
+TUNED = ((4096, 14336), (28672, 4096), (4096, 4096)) if CUDA else ((96, 160),)
+SEARCHED = (1, 16, 64, 256, 512) if CUDA else (1, 40)
 ROWS = (1, 8, 16, 64, 256, 4096) if CUDA else (1, 40)
 FORMATS = {"nvfp4": float4.NVFP4, "mxfp4": float4.MXFP4}
 GOAL = 1.1
-section = Sections("float4.json")
+section = Sections("float4.json") if sys.argv[1:2] != ["part"] else lambda name: lambda function: function
 
 
 def random_codes(N: int, K: int, format: int) -> Codes:
@@ -84,6 +90,13 @@ def correct() -> dict[str, Any]:
                     tiles = dict(zip(launch._TILE_NAMES, ("fused", block_m, block_n, split, 4, 3), strict=True))
                     key = f"{M} rows, tile {block_m} x {block_n}, {split} parts"
                     worst[key] = error_of(launch.fused(x, weight, tiles), expected)
+                if M < 64 or not wide_tiles.supports(x, weight):
+                    continue
+                for block_m, split in itertools.product((64, 128), (1, 3)):
+                    tiles = dict(zip(launch._TILE_NAMES, ("wide", block_m, 128, split, 8, 3), strict=True))
+                    worst[f"{M} rows, wide {block_m}, {split} parts"] = error_of(
+                        wide_tiles.product(x, weight, tiles), expected
+                    )
             bound = 2**-8 if dtype == torch.bfloat16 else 2**-11
             wrong = {key: value for key, value in worst.items() if not value <= bound}
             label = f"{name} {N}x{K} {str(dtype)[6:]}"
@@ -113,32 +126,48 @@ def time() -> dict[str, Any]:
     return found
 
 
+def settings(M: int) -> list[dict[str, Any]]:
+    """Return tiles to search among for ``M`` rows."""
+    if M <= 16:
+        found: Any = itertools.product(("fused",), (max(8, M),), ((64, 4), (128, 4)), (1, 2, 4, 8), (3, 4))
+    else:
+        blocks = [m for m in (64, 128, 256) if m < 2 * M]
+        found = [
+            *itertools.product(("fused",), (64,), ((64, 4), (128, 8)), (1, 2, 4), (3,)),
+            *itertools.product(("wide",), blocks, ((128, 8),), (1, 2, 3, 4, 6), (3,)),
+        ]
+    return [dict(zip(launch._TILE_NAMES, (name, m, n, s, w, r), strict=True)) for name, m, (n, w), s, r in found]
+
+
+def compile_part(index: int, count: int) -> None:
+    """Compile every ``count``-th of the kernels of the search."""
+    every = {tuple(tiles.values()): tiles for M in SEARCHED for tiles in settings(M)}
+    for (_, format), tiles in list(itertools.product(FORMATS.items(), every.values()))[index::count]:
+        with contextlib.suppress(Exception):
+            launch.product(inputs(64, 1024), packed_of(random_codes(256, 1024, format), format).tensors(), tiles)
+
+
 @section("search")
 def search() -> dict[str, Any]:
-    """Times of other tiles; ``scaled``: scales multiply the numbers, not the sums of groups."""
+    """Times of other tiles, in microseconds."""
+    workers = [
+        subprocess.Popen([sys.executable, __file__, "part", str(index), "14"]) for index in range(14 if CUDA else 0)
+    ]
+    for worker in workers:
+        worker.wait()
     found: dict[str, Any] = {}
-    default = launch.scales_numbers
-    for (N, K), (name, format), M in itertools.product(SHAPES[:2], FORMATS.items(), ROWS[:-1]):
+    for (N, K), (name, format), M in itertools.product(TUNED, FORMATS.items(), SEARCHED):
         weights = [one.tensors() for one in benchmark.modules_of(packed_of(random_codes(N, K, format), format))]
         x, times = inputs(M, K), {}
-        for block_m, (block_n, warps), split, scaled in itertools.product(
-            sorted({max(8, min(M, 32)), max(8, min(M, 64))}),
-            ((32, 1), (64, 4), (128, 4), (128, 8)),
-            (1, 2, 4, 8),
-            (0, 1),
-        ):
-            tiles = dict(zip(launch._TILE_NAMES, ("fused", block_m, block_n, split, warps, 3), strict=True))
-            launch.scales_numbers = lambda *_, chosen=bool(scaled): chosen
+        for tiles in settings(M):
+            key = " ".join(str(value) for value in tiles.values())
             try:
-                calls = [lambda w=w, t=tiles: launch.fused(x, w, t) for w in weights]
-                times[f"{block_m} x {block_n}, {split} parts, {warps} warps, scaled {scaled}"] = benchmark.graph_time(
-                    calls
-                ).us
+                calls = [lambda w=w, t=tiles: launch.product(x, w, t) for w in weights]
+                times[key] = round(benchmark.graph_time(calls).us, 2)
             except Exception as error:
-                times[f"{block_m} x {block_n}, {split} parts, {warps} warps, scaled {scaled}"] = str(error)[:80]
-        launch.scales_numbers = default
+                times[key] = str(error)[:80]
         ranked = sorted((value, key) for key, value in times.items() if isinstance(value, float))
-        print(f"{name} {N}x{K}, {M} rows: " + "; ".join(f"{value:.1f} {key}" for value, key in ranked[:3]), flush=True)
+        print(f"{name} {N}x{K}, {M} rows: " + "; ".join(f"{value:.1f} {key}" for value, key in ranked[:4]), flush=True)
         found[f"{name} {N}x{K}, {M} rows"] = times
     return found
 
@@ -174,3 +203,7 @@ def experts() -> dict[str, Any]:
             found[f"{name}, {tokens} tokens"] = {"error": error_of(y, wanted.double()), "microseconds": taken}
             print(f"{name}, {tokens} tokens: error {error_of(y, wanted.double()):.1e}, {taken:.1f} us", flush=True)
     return found
+
+
+if sys.argv[1:2] == ["part"]:
+    compile_part(int(sys.argv[2]), int(sys.argv[3]))

@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import transformers
 from mixture_checkpoints import write_mixture
 from naive_kernel import NAIVE
 from reference_packers import Grid, awq, compressed_tensors, gptq, pack_bits, write
@@ -368,6 +369,33 @@ def test_refused_by_name(case, tmp_path):
         state = {key.replace("weight_packed", "bitmask"): value for key, value in state.items()}
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OptimError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto", dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("config", [GPTQ, {**AUTO_ROUND, "packing_format": LESS_ONE}], ids=["gptq", "auto-round"])
+def test_experts_with_biases_are_refused_by_name(config, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    kinds = {"layer_types": ["full_attention"], "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 64}
+    own = transformers.GptOssConfig(**sizes, **kinds, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.GptOssForCausalLM(own)
+    model.save_pretrained(tmp_path)
+    state = {key: value for key, value in model.state_dict().items() if ".experts." not in key}
+    for name, rows in (("gate_up_proj", 64), ("down_proj", 32)):
+        for expert in range(2):
+            grid = Grid(np.random.default_rng(expert), rows, 32, 4, 32, True)
+            state |= {f"model.layers.0.mlp.experts.{expert}.{name}.{key}": value for key, value in gptq(grid).items()}
+    save_file(
+        {key: value.contiguous() for key, value in state.items()},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    text = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    with pytest.raises(
+        OptimError, match=r"the experts of model\.layers\.0\.mlp\.experts have biases.*dense checkpoint"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto", dtype=torch.float32)
 
 

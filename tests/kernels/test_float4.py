@@ -5,14 +5,17 @@ The assembly of the decoding runs on a CUDA device only; here its instructions a
 
 from __future__ import annotations
 
+import itertools
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from interpreting import BOUND, EVERYWHERE, on_triton, relative
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_optim_kernels.common.codes import Codes
+from hf_optim_kernels.common.support import can_run_triton
 from hf_optim_kernels.packed_experts import layer as experts_layer
 from hf_optim_kernels.wna16 import decode, float4, layer, naive, op
 
@@ -38,7 +41,7 @@ def random_codes(out, columns, format, seed=0, rows_apart=False):
     low, high = (8, 100) if format == NVFP4 else (112, 122)
     scale = torch.randint(low, high, (out, groups), generator=g, dtype=torch.uint8)
     if format == NVFP4:
-        scale[:3, 0] = torch.tensor([1, 7, 126])  # subnormal numbers, and the largest
+        scale[:4, 0] = torch.tensor([1, 7, 126, 0])  # subnormal numbers, the largest, and zero
     shared = torch.full((out, 1), 370.0) if format == NVFP4 else None
     if shared is not None and rows_apart:
         shared[out // 2 :] = 90.0
@@ -79,9 +82,31 @@ def test_packing_is_undone_by_unpacking(format):
         found, weight = random_codes(out, columns, format, rows_apart=True)
         packed = layer.PackedWeight.from_codes(found, 4, float4.GROUPS[format], torch.bfloat16, None)
         assert same(packed.codes(), found)
-        assert packed.packed.numel() * 4 <= out * (columns + 127)
+        assert packed.packed.numel() * 4 <= out * (columns + 255)
         wide = naive.dequantize(packed.tensors(), columns, torch.float64)
         assert torch.allclose(wide, weight, rtol=1e-12, atol=0)
+
+
+@FORMATS
+def test_every_scale_is_stored(format):
+    count = 128 if format == NVFP4 else 256  # the last one is NaN
+    scale = torch.arange(count, dtype=torch.uint8).view(2, -1)
+    words = float4.pack_scales(scale, format)
+    assert words.shape == (-(-count // 2 * float4.GROUPS[format] // 256), 2, 64 // float4.GROUPS[format])
+    assert torch.equal(float4.unpack_scales(words, format, count // 2), scale)
+
+
+def test_the_sign_of_a_scale_moves_to_its_codes():
+    found, weight = random_codes(5, 96, NVFP4)
+    signed = found.scale.view(torch.uint8).clone()
+    signed[:, 1::2] |= 128
+    sign = torch.ones(6).double()
+    sign[1::2] = -1
+    packed = layer.PackedWeight.from_codes(
+        Codes(found.codes, signed.view(float4.E4M3), global_scale=found.global_scale), 4, 16, torch.bfloat16, None
+    )
+    expected = (weight.view(5, 6, 16) * sign[:, None]).view(5, 96)
+    assert torch.equal(naive.dequantize(packed.tensors(), 96, torch.float64), expected)
 
 
 @pytest.mark.many
@@ -100,17 +125,15 @@ def test_products(format, dtype, device):
 
 
 @on_triton
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("split", [1, 2])
 @FORMATS
-def test_tiles_give_the_same_product(format, split, scaled, device, monkeypatch):
+def test_tiles_give_the_same_product(format, split, device):
     from hf_optim_kernels.wna16 import launch
 
     rows, out, columns = SHAPES[format][1]
     found, weight = random_codes(out, columns, format)
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(device)
     packed = layer.PackedWeight.from_codes(found, 4, float4.GROUPS[format], torch.float32, None).to(device)
-    monkeypatch.setattr(launch, "scales_numbers", lambda *_: scaled)
     tiles = dict(zip(launch._TILE_NAMES, ("fused", 16, 32, split, 4, 2), strict=True))
     y = launch.fused(x, packed.tensors(), tiles)
     assert relative(y.cpu(), x.double().cpu() @ weight.T) <= 1e-6
@@ -153,6 +176,18 @@ def test_a_cpu_decodes_in_parts(format, dtype, monkeypatch):
     assert relative(leaf.grad, packed.decoded(torch.float64).sum(0).expand(rows, -1)) <= BOUND[dtype] * 4
 
 
+@FORMATS
+def test_a_cpu_multiplies_after_a_layer_of_fake_tensors_has(format):
+    """Tracing a model runs its layers on fake tensors; nothing of these may stay."""
+    _, out, columns = SHAPES[format][1]
+    found, weight = random_codes(out, columns, format)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer.prepack(described(found, format, torch.float32))(torch.ones(2, columns))
+    y = layer.prepack(described(found, format, torch.float32))(torch.eye(columns))
+    assert type(y) is torch.Tensor
+    assert relative(y.T, weight) <= 2**-9
+
+
 def test_gradients_are_those_of_the_decoded_weight():
     found, weight = random_codes(33, 96, NVFP4)
     packed = layer.PackedWeight.from_codes(found, 4, 16, torch.float32, torch.zeros(33))
@@ -183,16 +218,16 @@ def test_what_is_not_such_a_format_is_refused():
     assert "float64" in layer.supports(odd)
 
 
-def run_assembly(text: str, word: int, half: str) -> list[int]:
+def run_assembly(text: str, word: int, half: str, given: list[int]) -> list[int]:
     """Compute the four results of the decoding of one 32-bit word, instruction by instruction."""
-    registers = {"$4": word}
+    registers = {"$4": word} | {f"${5 + index}": value for index, value in enumerate(given)}
     read = lambda name: registers[name] if name in registers else int(name, 16 if "x" in name else 10)  # noqa: E731
     for line in re.findall(r"^\s*(\w[\w.]*) (.*);$", text, re.M):
         name, operands = line[0], [operand.strip() for operand in line[1].split(",")]
         if name == ".reg" or name.startswith("reg"):
             continue
-        into, *given = operands
-        values = [read(each) for each in given]
+        into, *rest = operands
+        values = [read(each) for each in rest]
         if name == "and.b32":
             found = values[0] & values[1]
         elif name == "shl.b32":
@@ -204,6 +239,11 @@ def run_assembly(text: str, word: int, half: str) -> list[int]:
             found = (values[0] & values[1]) | values[2]
         elif name == "mov.b32":
             found = values[0]
+        elif name == "mad.lo.u32":
+            found = values[0] * values[1] + values[2]
+        elif name == "prmt.b32":
+            both = (values[0] | values[1] << 32).to_bytes(8, "little")
+            found = sum(both[values[2] >> (4 * place) & 15] << (8 * place) for place in range(4))
         else:
             assert name == f"fma.rn.{half}x2", name
             dtype = torch.bfloat16 if half == "bf16" else torch.float16
@@ -215,19 +255,39 @@ def run_assembly(text: str, word: int, half: str) -> list[int]:
     return [registers[f"${index}"] for index in range(4)]
 
 
-@pytest.mark.parametrize("half", ["bf16", "fp16"])
-def test_the_assembly_decodes_every_pattern_in_every_place(half):
-    text = (decode.FLOATS_BF16 if half == "bf16" else decode.FLOATS_FP16).value
-    dtype = torch.bfloat16 if half == "bf16" else torch.float16
+ASSEMBLIES = {
+    "nvfp4-bf16": (decode.NVFP4_BF16, NVFP4, torch.bfloat16), "nvfp4-fp16": (decode.NVFP4_FP16, NVFP4, torch.float16),
+    "mxfp4-bf16": (decode.MXFP4_BF16, MXFP4, torch.bfloat16), "plain-fp16": (decode.FLOATS_FP16, 0, torch.float16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASSEMBLIES)
+def test_the_assembly_decodes_every_pattern_in_every_place(name):
+    text, format, dtype = ASSEMBLIES[name]
+    half = name[-4:]
     patterns = torch.arange(16, dtype=torch.uint8)
+    rows = [[1, 7, 126, 0], [8, 56, 119, 120]] if format == NVFP4 else [[127, 120, 130, 0]] * 2
+    scales, held = torch.tensor(rows, dtype=torch.uint8), [0, 0]
+    if format:
+        held = float4.pack_scales(scales.repeat_interleave(64 // float4.GROUPS[format], 1), format)[0, :, 0].tolist()
     # Two neighbouring columns with different patterns in all places.
-    for low in range(16):
+    for row, low in itertools.product(range(2), range(16)):
         codes = torch.stack([patterns.roll(low + 3 * place)[:2] for place in range(4)])  # [slice, column]
         words = sum(float4.place_bits(codes[index], index) for index in range(4))
-        found = run_assembly(text, int(words[0]) | int(words[1]) << 16, "f16" if half == "fp16" else half)
+        scale_word = held[row] & 0xFFFFFFFF
+        if format == MXFP4:  # what ``scale_factor`` makes of them
+            given = [max((scale_word >> (8 * place) & 255) << 7, 0x40) * 0x10001 for place in range(4)]
+        else:
+            given = [scale_word] * 2
+        found = run_assembly(text.value, int(words[0]) | int(words[1]) << 16, half.replace("fp", "f"), given)
         for index, value in enumerate(found):
-            numbers = torch.tensor([value & 0xFFFF, value >> 16], dtype=torch.int32).to(torch.int16).view(dtype)
-            assert torch.equal(numbers.float(), float4.numbers(codes[index])), (low, index)
+            got = torch.tensor([value & 0xFFFF, value >> 16], dtype=torch.int32).to(torch.int16).view(dtype)
+            scale = byte_value(int(scales[row, index]), format) if format else 1.0
+            wanted = float4.numbers(codes[index]).double() * scale
+            if format == MXFP4 and scale < 2.0**-126:  # 0.5 times it is no number of bfloat16
+                assert torch.allclose(got.double(), wanted, rtol=0, atol=2.0**-128)
+            else:
+                assert torch.equal(got.double() * (float4.FACTOR if format == NVFP4 else 1), wanted), (row, low, index)
 
 
 class Mixture:
@@ -278,11 +338,20 @@ def test_experts(format, tokens, device):
     y = packed(x.to(device), chosen.to(device), weights.to(device), None)
     bound = 3e-6
     plain = relative(y.cpu(), mixture.expected(x, chosen, weights))
-    if packed.semaphores.numel() == 1:  # without kernels the matrices are rounded to bfloat16
+    if not can_run_triton(packed.up_packed):  # without kernels the matrices are rounded to bfloat16
         mixture.dense = {key: weight.float().to(torch.bfloat16).double() for key, weight in mixture.dense.items()}
         bound = 1e-4  # where float32 and float64 lie on different sides of a middle between two numbers
     rounded = relative(y.cpu(), mixture.expected(x, chosen, weights))
     assert rounded <= bound, f"{plain:.1e} without rounding"
+
+
+def test_experts_count_tiles_where_they_are_moved(monkeypatch):
+    packed = experts_layer.PackedExperts(Mixture(MXFP4).description)
+    device = SimpleNamespace(runs=False)
+    monkeypatch.setattr(experts_layer, "can_run_triton", lambda codes: device.runs)
+    assert packed.to("cpu").semaphores.numel() == 1
+    device.runs = True
+    assert packed.to("cpu").semaphores.numel() == experts_layer.SEMAPHORES
 
 
 def test_experts_of_another_group_size_are_refused():

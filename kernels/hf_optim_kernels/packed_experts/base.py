@@ -12,6 +12,9 @@ from ..common.codes import Codes
 from . import naive
 
 UP, DOWN = "up", "down"
+# Counters of a module of experts where kernels run: the tiles of one launch that programs may share, and pairs whose
+# shares a tile may have.
+SEMAPHORES = 1 << 14
 
 
 class ExpertsBase(nn.Module):

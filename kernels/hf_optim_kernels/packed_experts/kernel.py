@@ -17,14 +17,15 @@ import triton
 import triton.language as tl
 
 from ..common.splitk import store_part, sum_parts, tile_parts
+from ..wna16.float4_kernel import accumulate as _accumulate_floats
 from ..wna16.kernel import _add_tile, _columns
 
 
 @triton.jit
-def _accumulate(
+def _accumulate_integers(
     acc, x, words, scale, zero, rows, cols, start, stop, M, N, K, stride_x, stride_tile,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
-    MATH: tl.constexpr, ASM: tl.constexpr, STEP: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
+    MATH: tl.constexpr, ASM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Return ``acc`` [BLOCK_N, BLOCK_M] plus the products of every ``STEP``-th k-tile from ``start`` to ``stop``."""
     tile = words + cols[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
@@ -44,12 +45,26 @@ def _accumulate(
         else:
             zeros = (s0, s0, s0, s0)  # not read
         acc = _add_tile(acc, found, x, (s0, s1, s2, s3), zeros, rows, first, M, K, stride_x,
-                        SLICE, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, FORMAT, SCALED)  # fmt: skip
+                        SLICE, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM)  # fmt: skip
         s0, s1, s2, s3 = n0, n1, n2, n3
         if HAS_ZERO:
             z0, z1, z2, z3 = m0, m1, m2, m3
-    if FORMAT == 1:  # in place of zero points: the divisors of the rows
-        acc = acc / tl.load(zero + cols)[:, None]
+    return acc
+
+
+@triton.jit
+def _accumulate(
+    acc, x, words, scale, zero, rows, cols, start, stop, M, N, K, stride_x, stride_tile,
+    SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
+    MATH: tl.constexpr, ASM: tl.constexpr, STEP: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Return ``acc`` plus products of either kind of numbers; of NVFP4 (``FORMAT`` 1) ``zero`` [N] are divisors."""
+    if FORMAT > 0:
+        acc = _accumulate_floats(acc, x, words, scale, zero, rows, cols, start, stop, M, N, K, stride_x, stride_tile,
+                                 GROUP, FORMAT, MATH, ASM, STEP)  # fmt: skip
+    else:
+        acc = _accumulate_integers(acc, x, words, scale, zero, rows, cols, start, stop, M, N, K, stride_x, stride_tile,
+                                   SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, STEP)  # fmt: skip
     return acc
 
 
@@ -79,7 +94,7 @@ def _pairs_kernel(
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
     MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     EACH: tl.constexpr, GATE: tl.constexpr, LISTED: tl.constexpr, FROM_SLOT: tl.constexpr, TO_SLOT: tl.constexpr,
-    FORMAT: tl.constexpr, SCALED: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles of out [S, N], or [S, N / 2] with ``GATE``.
 
@@ -111,7 +126,7 @@ def _pairs_kernel(
         acc = _accumulate(
             tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x, packed + expert * stride_expert, scale + expert * stride_scale,
             zero + expert * stride_zero, rows, cols, pid_s, tl.cdiv(K, SLICE * (16 // WIDTH)), M, N, K, stride_x,
-            stride_tile, SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, SPLIT, FORMAT, SCALED,
+            stride_tile, SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, SPLIT, FORMAT,
         )  # fmt: skip
         places = slots if TO_SLOT else pairs
         if SPLIT > 1:
@@ -129,7 +144,7 @@ def _down_kernel(
     stride_scale, stride_zero,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
     MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOP_K: tl.constexpr,
-    SPLIT: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
+    SPLIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Compute out [T, N], the weighted sum over the pairs of each token: x [T TOP_K, K] by pair.
 
@@ -149,7 +164,7 @@ def _down_kernel(
     acc = _accumulate(
         tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x, packed + expert * stride_expert, scale + expert * stride_scale,
         zero + expert * stride_zero, rows, cols, pid_s % SPLIT, stop, 1 << 30, N, K, K, stride_tile,
-        SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, SPLIT, FORMAT, SCALED,
+        SLICE, GROUP, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, SPLIT, FORMAT,
     )  # fmt: skip
     weight = tl.where(computed, tl.load(weights + pair).to(tl.float32), 0.0)
     # Columns of the tile without a pair are zero.

@@ -14,16 +14,15 @@ from ..common.launch import is_aligned, launch
 from ..common.splitk import new_semaphores
 from ..experts import op as pair_lists
 from ..experts.naive import Route
-from ..wna16.launch import scales_numbers
+from ..wna16 import float4
 from ..wna16.naive import slice_columns, slices_per_scale
+from .base import SEMAPHORES
 from .kernel import _combine_kernel, _down_kernel, _pairs_kernel
 from .naive import FLOAT8, StackedWeight, pairs_per_row
 
 # Pairs up to which every pair reads its expert by itself: a second reading of an expert comes from the cache, and two
 # launches, of the route and of the sum over pairs, are saved. Beyond a share of the experts, many are read again.
 MOST_SINGLE_PAIRS, MOST_SINGLE_SHARE = 32, 4
-# Tiles of one launch that programs may share, and pairs whose shares a tile may have.
-SEMAPHORES = 1 << 14
 # Programs that keep the memory of an H200 busy.
 WANTED_PROGRAMS = 360
 
@@ -151,7 +150,7 @@ def linear(
     each = 1 if from_slot else pairs_per_row(x, experts)
     strides = (x.stride(0), weight.packed.stride(0), weight.packed.stride(1), weight.scale.stride(0), zero.stride(0))
     constants = {
-        **_layout(weight, block_m, x.dtype), **compute_constants(x.dtype, _pairs_kernel), "BLOCK_M": block_m,
+        **_layout(weight), **compute_constants(x.dtype, _pairs_kernel), "BLOCK_M": block_m,
         "BLOCK_N": block_n, "SPLIT": split, "EACH": each, "GATE": gate, "LISTED": route is not None,
         "FROM_SLOT": from_slot, "TO_SLOT": to_slot,
     }  # fmt: skip
@@ -180,7 +179,7 @@ def weighted_sum(
     zero = _zero(weight)
     strides = (weight.packed.stride(0), weight.packed.stride(1), weight.scale.stride(0), zero.stride(0))
     constants = {
-        **_layout(weight, tiles["BLOCK_M"], inner.dtype), **compute_constants(inner.dtype, _down_kernel),
+        **_layout(weight), **compute_constants(inner.dtype, _down_kernel),
         "BLOCK_M": tiles["BLOCK_M"], "BLOCK_N": block_n, "TOP_K": top_k, "SPLIT": split,
     }  # fmt: skip
     launch(
@@ -252,12 +251,10 @@ def _zero(weight: StackedWeight) -> Tensor:
     return weight.scale if found is None else found
 
 
-def _layout(weight: StackedWeight, block_m: int, dtype: torch.dtype) -> dict[str, Any]:
+def _layout(weight: StackedWeight) -> dict[str, Any]:
     size, columns = weight.group_size, weight.columns
-    found = {
-        "SLICE": slice_columns(size, columns), "GROUP": size,
+    return {
+        "SLICE": float4.SLICE if weight.format else slice_columns(size, columns), "GROUP": size,
         "PER_SCALE": slices_per_scale(size, weight.width, columns), "HAS_ZERO": weight.zero is not None,
         "WIDTH": weight.width, "FORMAT": weight.format,
-        "SCALED": bool(weight.format) and scales_numbers(block_m, weight.format, dtype),
     }  # fmt: skip
-    return found

@@ -18,7 +18,7 @@ from ..common.support import can_run_triton, unsupported_device, unsupported_dty
 from ..wna16 import float4
 from ..wna16 import naive as weight_only
 from . import naive, op
-from .base import DOWN, UP, ExpertsBase, describe, zeros_of
+from .base import DOWN, SEMAPHORES, UP, ExpertsBase, describe, zeros_of
 from .naive import FLOAT8, INPUTS, StackedWeight
 
 FIELDS = ("packed", "scale", "zero", "order", "input_scale", "input_zero", "divisor")
@@ -64,15 +64,22 @@ class PackedExperts(ExpertsBase):
         self.bits: dict[str, int] = {}
         for side, matrix in ((UP, weight.up), (DOWN, weight.down)):
             self._stack(side, matrix, weight)
-        device = self._buffers["up_packed"].device  # type: ignore[union-attr]
-        count = 1
-        if can_run_triton(self._buffers["up_packed"]):  # type: ignore[arg-type]
-            from .launch import SEMAPHORES
-
-            count = SEMAPHORES
-        self.register_buffer("semaphores", torch.zeros(count, dtype=torch.int32, device=device))
+        self._count_tiles()
         self.fused = weight.activation == "silu" and all(self._is_plain(side) for side in (UP, DOWN))
         self.label = self._label(weight)
+
+    def _count_tiles(self) -> None:
+        """Make the counters of programs that share a tile, as many as a device of these codes needs."""
+        codes: Any = self._buffers["up_packed"]
+        count = SEMAPHORES if can_run_triton(codes) else 1
+        found = self._buffers.get("semaphores")
+        if found is None or found.numel() != count:
+            self.register_buffer("semaphores", torch.zeros(count, dtype=torch.int32, device=codes.device))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedExperts:
+        super()._apply(fn, recurse)
+        self._count_tiles()  # experts that were packed on a CPU may have come to a GPU
+        return self
 
     @torch.no_grad()
     def _stack(self, side: str, matrix: Any, weight: Any) -> None:
@@ -88,14 +95,15 @@ class PackedExperts(ExpertsBase):
             format = float4.format_of(scale)
             self.numbers[side] = width, matrix.group_size, columns, _inputs(matrix.inputs), format
             if format:
-                scale, codes = scale.view(torch.uint8), weight_only.pack(codes, 4, matrix.group_size, format)
+                codes, scale = float4.without_signs(codes, scale.view(torch.uint8), format)
+                codes = weight_only.pack(codes, 4, matrix.group_size, format)
             if matrix.kind == "int":
                 if zero is None and bits != width:
                     codes = codes + (2 ** (width - 1) - 2 ** (bits - 1))
                 codes = weight_only.pack(codes, width, naive.storage_group(matrix.group_size, columns))
             found = {
                 "packed": codes,
-                "scale": scale.T,
+                "scale": float4.pack_scales(scale, format) if format else scale.T,
                 "zero": None if zero is None else zero.T,
                 "order": _stacked([part.order for part in parts], columns),
                 "input_scale": _joined([part.input_scale for part in parts]),
@@ -163,11 +171,13 @@ class PackedExperts(ExpertsBase):
     def codes(self, side: str, expert: int) -> list[Codes]:
         """See ``ExpertsBase``."""
         weight, bits = self.weight(side), self.bits[side]
-        codes, scale = naive.codes(weight, expert), weight.scale[expert].T.contiguous()
+        codes = naive.codes(weight, expert)
         if weight.format:
+            scale = float4.unpack_scales(weight.scale[expert], weight.format, -(-weight.columns // weight.group_size))
             shared = None if weight.divisor is None else weight.divisor[expert, :, None].contiguous()
             kind = float4.E4M3 if weight.format == float4.NVFP4 else float4.E8M0
             return [Codes(codes.contiguous(), scale.view(kind), None, global_scale=shared)]
+        scale = weight.scale[expert].T.contiguous()
         zero = None if weight.zero is None else weight.zero[expert].T.contiguous()
         if weight.packed.dtype != FLOAT8 and zero is None and bits != weight.width:
             codes = codes - (2 ** (weight.width - 1) - 2 ** (bits - 1))

@@ -36,7 +36,7 @@ class StackedWeight(NamedTuple):
 
     Attributes:
         packed: int16 [E, k-tiles, out, slice], each made by ``wna16.naive.pack``; or float8_e4m3fn [E, out, in].
-        scale: [E, groups, out], floating point.
+        scale: [E, groups, out], floating point; of 4-bit floats int32 [E, k-tiles, out, words], see ``wna16.float4``.
         zero: uint8 [E, groups, out] in [0, 2^width); None for the symmetric grid.
         order: int64 [E, parts, in]: stored column ``j`` of a part (an equal share of the rows: the gate and the other
             half) is column ``order[e, part, j]`` of the input; None for the identity.
@@ -45,7 +45,7 @@ class StackedWeight(NamedTuple):
         group_size: columns that share a scale; ``columns`` or more for one scale per row.
         columns: ``in``.
         inputs: how inputs are quantized, an index of ``INPUTS``.
-        format: the kind of numbers, ``wna16.float4.INTEGER``, ``NVFP4`` or ``MXFP4``; scales of the last two are uint8.
+        format: the kind of numbers, ``wna16.float4.INTEGER``, ``NVFP4`` or ``MXFP4``.
         divisor: float32 [E, out], of NVFP4; otherwise None.
     """
 
@@ -110,7 +110,9 @@ def decode_rows(weight: StackedWeight, expert: int, begin: int, end: int, dtype:
 def _decode_floats(weight: StackedWeight, expert: int, begin: int, end: int) -> Tensor:
     """Return rows of 4-bit floats in bfloat16, as stock transformers decodes them."""
     patterns = weight_only.unpack(weight.packed[expert, :, begin:end], weight.width, weight.columns, weight.format)
-    scale = float4.scale_numbers(weight.scale[expert, :, begin:end].T.contiguous(), weight.format)
+    groups = -(-weight.columns // weight.group_size)
+    bytes_ = float4.unpack_scales(weight.scale[expert, :, begin:end], weight.format, groups)
+    scale = float4.scale_numbers(bytes_, weight.format)
     if weight.divisor is not None:
         scale = scale / weight.divisor[expert, begin:end, None]
     numbers = float4.numbers(patterns).view(*scale.shape, -1)

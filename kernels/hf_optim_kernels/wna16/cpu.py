@@ -24,12 +24,13 @@ microseconds, as packed / dense in bfloat16::
     2048 x 2048       271 / 563    1195 / 3697  4445 / 10416  44162 / 66799
 
 On a CPU with bfloat16 products (AVX512-BF16) dense products are faster from some tens of rows on, also if parts of the
-weight are decoded for each call. 5632 x 1024 weights, one thread, milliseconds of CPU time (the host was busy), as
-packed operator / parts decoded / dense in bfloat16::
+weight are decoded for each call; no way that keeps codes alone is as fast as a dense weight there, since decoding a
+weight takes as long as multiplying it by some tens of rows. 5632 x 1024 weights, one thread of a busy host,
+milliseconds of CPU time, as packed operator / parts decoded / dense in bfloat16::
 
-                      1 row              32 rows            128 rows           512 rows
-    int4, groups 128  0.15 / 4.8 / 0.38  2.1 / 5.5 / 1.3    8.6 / 8.6 / 3.9    34 / 22 / 13
-    int8              0.15 / 1.1 / 0.38  2.3 / 1.9 / 1.3    9.5 / 4.7 / 3.9    38 / 17 / 13
+                      8 rows           16 rows          32 rows          64 rows          128 rows        512 rows
+    int4, groups 128                   2.2 / 5.5 / 2.0  4.4 / 6.4 / 2.8  8.6 / 8.4 / 4.6  17 / 12 / 7.8   68 / 35 / 29
+    int8              1.8 / 1.7 / 1.4  3.1 / 2.2 / 1.8  6.4 / 3.1 / 2.8                   22 / 8.8 / 7.7
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ INT4_ROWS = 16
 # Rows of a block of the operator's layout, with AVX512 and with AVX2.
 INT4_BLOCKS = (64, 32)
 # Weights that are decoded at a time: few enough for the caches.
-DECODED = 1 << 19
+DECODED = 1 << 20
 # With other numbers of columns the int8 operator reads past the end of its operands.
 INT8_COLUMNS = 16
 CAPABILITIES = ("AVX2", "AVX512")
 DTYPES = (torch.bfloat16, torch.float16)
 # On a CPU with bfloat16 instructions, dense products with parts of the decoded weight are used for more rows than this.
-INT4_MOST_ROWS, INT8_MOST_ROWS = 128, 24
+INT4_MOST_ROWS, INT8_MOST_ROWS = 64, 12
 # bfloat16 scales and zero points change the weight; beyond this (norm over norm) the layer stays dense.
 MOST_ERROR = 2.0**-8
 
@@ -284,21 +285,23 @@ def int4_product(x: Tensor, packed: Tensor, pair: Tensor, group: int) -> Tensor:
     if not block:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, pair)
     blocks, groups, half = out // block, columns // group, block // 2
-    # Contiguous: products with strided operands are ten times slower. High halves of bytes are 16 times too large.
+    # Contiguous: products with strided operands are ten times slower.
     scale, shift = pair.view(groups, blocks, block, 2).permute(3, 0, 1, 2).contiguous()
-    scale[..., half:] /= 16
     bytes_of = packed.view(blocks, columns, half)
-    step = max(1, DECODED // (columns * block))
+    step = min(blocks, max(1, DECODED // (columns * block)))
     found = x.new_empty(len(x), out)
+    codes = torch.empty(step, columns, half, dtype=torch.int8)
+    values = torch.empty(columns, step, block, dtype=torch.bfloat16)
     for begin in range(0, blocks, step):
-        own = bytes_of[begin : begin + step].transpose(0, 1)
-        values = torch.empty(columns, own.shape[1], block, dtype=torch.bfloat16)
-        values[..., :half] = own & 15
-        values[..., half:] = own & 240
-        values[..., :half].sub_(8)
-        values[..., half:].sub_(128)
-        values.view(groups, group, -1, block).mul_(scale[:, None, begin : begin + step])
-        rows = slice(begin * block, begin * block + own.shape[1] * block)
+        count = min(step, blocks - begin)
+        own, signed = bytes_of[begin : begin + count], codes[:count]
+        values = values if count == step else values.new_empty(columns, count, block)
+        for part, nibbles in ((values[..., :half], torch.bitwise_and), (values[..., half:], torch.bitwise_right_shift)):
+            # Subtracted while they are bytes, of which an instruction takes twice as many.
+            nibbles(own, 15 if nibbles is torch.bitwise_and else 4, out=signed.view(torch.uint8))
+            part.copy_(signed.sub_(8).transpose(0, 1))
+        values.view(groups, group, count, block).mul_(scale[:, None, begin : begin + count])
+        rows = slice(begin * block, (begin + count) * block)
         found[:, rows] = x @ values.view(columns, -1)
     if bool(shift.any()):
         sums = x.view(len(x), groups, group).sum(-1, dtype=torch.float32)
@@ -316,9 +319,11 @@ def int8_product(x: Tensor, packed: Tensor, factor: Tensor, ones: Tensor) -> Ten
     if len(x) <= INT8_MOST_ROWS or not _multiplies_bfloat16():
         return torch.ops.aten._weight_int8pack_mm(x, packed, ones) * factor
     found = x.new_empty(len(x), len(packed))
-    step = max(1, DECODED // packed.shape[1])
+    step = min(len(packed), max(1, DECODED // packed.shape[1]))
+    values = torch.empty(step, packed.shape[1], dtype=torch.bfloat16)
     for begin in range(0, len(packed), step):
-        found[:, begin : begin + step] = x @ packed[begin : begin + step].to(torch.bfloat16).T
+        own = packed[begin : begin + step]
+        found[:, begin : begin + step] = x @ values[: len(own)].copy_(own).T
     return found * factor
 
 

@@ -111,14 +111,44 @@ mov.b32 big, 0x74007400;
 """,
 }
 # A negative zero is what a product can be added to unchanged.
-_TO_NUMBER = """
+_ZERO = """
 mov.b32 zero, 0x80008000;
-fma.rn.TYPE $0, $0, big, zero;
-fma.rn.TYPE $1, $1, big, zero;
-fma.rn.TYPE $2, $2, big, zero;
-fma.rn.TYPE $3, $3, big, zero;
-}
 """
+_TO_NUMBER = "".join(f"fma.rn.TYPE ${i}, ${i}, big, zero;\n" for i in range(4))
+# $5..$8 are the scales of the four slices, as ``scale_factor`` returns them.
+_SCALED = "".join(f"fma.rn.TYPE ${i}, ${i}, ${5 + i}, zero;\n" for i in range(4))
+# $5 are the words of four e4m3 scales (and $6 the same). Two of them are moved at once. In bfloat16 the smallest scale
+# is 2^13 times what becomes of 0, so that subtracting this changes only the zero.
+_SCALED_BY_WORD = """
+.reg .b32 even, odd, f;
+and.b32 even, $5, 0x00FF00FF;
+shr.u32 odd, $5, 8;
+and.b32 odd, odd, 0x00FF00FF;
+MOVE
+prmt.b32 f, even, even, 0x1010;
+fma.rn.TYPE $0, $0, f, zero;
+prmt.b32 f, odd, odd, 0x1010;
+fma.rn.TYPE $1, $1, f, zero;
+prmt.b32 f, even, even, 0x3232;
+fma.rn.TYPE $2, $2, f, zero;
+prmt.b32 f, odd, odd, 0x3232;
+fma.rn.TYPE $3, $3, f, zero;
+"""
+_MOVE = {
+    "bf16": """
+.reg .b32 one, least;
+mov.b32 one, 0x3F803F80;
+mov.b32 least, 0xF000F000;
+mad.lo.u32 even, even, 16, 0x70007000;
+mad.lo.u32 odd, odd, 16, 0x70007000;
+fma.rn.TYPE even, even, one, least;
+fma.rn.TYPE odd, odd, one, least;
+""",
+    "fp16": """
+shl.b32 even, even, 7;
+shl.b32 odd, odd, 7;
+""",
+}
 
 FOUR_BF16, FOUR_FP16 = tl.constexpr((tl.bfloat16,) * 4), tl.constexpr((tl.float16,) * 4)
 TWO_BF16, TWO_FP16 = tl.constexpr((tl.bfloat16,) * 2), tl.constexpr((tl.float16,) * 2)
@@ -126,8 +156,10 @@ NIBBLES_BF16 = tl.constexpr(_fill(_SPLIT + _SYMMETRIC, "bf16"))
 NIBBLES_FP16 = tl.constexpr(_fill(_SPLIT + _SYMMETRIC, "fp16"))
 BYTES_BF16 = tl.constexpr(_fill(_BYTES + "}", "bf16"))
 BYTES_FP16 = tl.constexpr(_fill(_BYTES + "}", "fp16"))
-FLOATS_BF16 = tl.constexpr(_fill(_FLOATS["bf16"] + _TO_NUMBER, "bf16"))
-FLOATS_FP16 = tl.constexpr(_fill(_FLOATS["fp16"] + _TO_NUMBER, "fp16"))
+FLOATS_FP16 = tl.constexpr(_fill(_FLOATS["fp16"] + _ZERO + _TO_NUMBER + "}", "fp16"))
+NVFP4_BF16 = tl.constexpr(_fill(_FLOATS["bf16"] + _ZERO + _SCALED_BY_WORD.replace("MOVE", _MOVE["bf16"]) + "}", "bf16"))
+NVFP4_FP16 = tl.constexpr(_fill(_FLOATS["fp16"] + _ZERO + _SCALED_BY_WORD.replace("MOVE", _MOVE["fp16"]) + "}", "fp16"))
+MXFP4_BF16 = tl.constexpr(_fill(_FLOATS["bf16"] + _ZERO + _TO_NUMBER + _SCALED + "}", "bf16"))
 
 
 @triton.jit
@@ -168,49 +200,80 @@ def bytes_(words, MATH: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def floats(words, MATH: tl.constexpr, ASM: tl.constexpr):
-    """Return the four slices of 4-bit floats of int16 words, as ``nibbles``."""
+    """Return the four slices of 4-bit floats of int16 words, as ``nibbles``; not for bfloat16."""
     if ASM:
         a, b, c, d = tl.inline_asm_elementwise(
-            FLOATS_BF16 if MATH == BF16 else FLOATS_FP16, "=&r,=&r,=&r,=&r,r", [words],
-            dtype=FOUR_BF16 if MATH == BF16 else FOUR_FP16, is_pure=True, pack=2,
-        )  # fmt: skip
+            FLOATS_FP16, "=&r,=&r,=&r,=&r,r", [words], dtype=FOUR_FP16, is_pure=True, pack=2
+        )
     else:
-        wide = words.to(tl.int32)
-        a = _float(wide >> 6, wide >> 15, MATH)
-        b = _float(wide >> 3, wide >> 12, MATH)
-        c = _float(wide, wide >> 14, MATH)
-        d = _float(wide >> 9, wide >> 13, MATH)
+        a, b, c, d = _plain_floats(words, 1.0, MATH)
     return a, b, c, d
 
 
 @triton.jit
-def _float(magnitude, sign, MATH: tl.constexpr):
-    """Return the number of an e2m1 magnitude (three low bits) and a sign (lowest bit)."""
-    bits = magnitude & 7
-    # Twice the number: 0, 1 below the first power of two, then (2 + m) 2^(e - 1).
-    doubled = tl.where(bits < 2, bits, (2 | (bits & 1)) << (tl.maximum(bits >> 1, 1) - 1))
-    number = doubled.to(tl.float32) * tl.where((sign & 1) == 1, -0.5, 0.5)
-    if MATH == BF16:
-        number = number.to(tl.bfloat16)
-    elif MATH == FP16:
-        number = number.to(tl.float16)
-    return number
+def scaled_floats(words, scales, FORMAT: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
+    """Return the four slices of 4-bit floats times their scales; ``scales`` are words for each of ``words``.
+
+    Those of NVFP4 are 128 times too small. Every number is exact: it has six bits of mantissa at most.
+    """
+    if ASM and FORMAT == 1:
+        a, b, c, d = tl.inline_asm_elementwise(
+            NVFP4_BF16 if MATH == BF16 else NVFP4_FP16, "=&r,=&r,=&r,=&r,r,r,r", [words, scales],
+            dtype=FOUR_BF16 if MATH == BF16 else FOUR_FP16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        # Registers of a row that hold the same scales are one for the compiler, and so is what is computed from them.
+        f0 = scale_factor(scales, 0, FORMAT, MATH)
+        f1 = scale_factor(scales, 1, FORMAT, MATH)
+        f2 = scale_factor(scales, 2, FORMAT, MATH)
+        f3 = scale_factor(scales, 3, FORMAT, MATH)
+        if ASM:
+            a, b, c, d = tl.inline_asm_elementwise(
+                MXFP4_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [words, f0, f1, f2, f3], dtype=FOUR_BF16, is_pure=True, pack=2
+            )
+        else:
+            a, b, c, d = _plain_floats(words, 2.0**-14 if MATH == FP16 else 1.0, MATH)
+            a, b, c, d = a * f0, b * f1, c * f2, d * f3
+    return a, b, c, d
 
 
 @triton.jit
-def scale_number(scale, FORMAT: tl.constexpr):
-    """Return scales in float32. ``FORMAT``: 0 floating point, 1 the bytes of e4m3, 2 those of e8m0."""
-    if FORMAT == 1:
-        # e4m3 in the place of float16 is 2^-8 times the number, also where it is subnormal.
-        wide = scale.to(tl.int32)
-        half = (((wide & 128) << 8) | ((wide & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
-        number = half.to(tl.float32) * 256.0
-    elif FORMAT == 2:
-        # The exponent of float32 has the same bias; 2^-127 is a subnormal number there.
-        number = tl.maximum(scale.to(tl.int32) << 23, 0x00400000).to(tl.float32, bitcast=True)
+def _plain_floats(words, factor: tl.constexpr, MATH: tl.constexpr):
+    wide = words.to(tl.int32)
+    a = _float(wide >> 6, wide >> 15, factor, MATH)
+    b = _float(wide >> 3, wide >> 12, factor, MATH)
+    c = _float(wide, wide >> 14, factor, MATH)
+    d = _float(wide >> 9, wide >> 13, factor, MATH)
+    return a, b, c, d
+
+
+@triton.jit
+def _float(magnitude, sign, factor: tl.constexpr, MATH: tl.constexpr):
+    """Return ``factor`` times the number of an e2m1 magnitude (three low bits) and a sign (lowest bit)."""
+    bits = magnitude & 7
+    # Twice the number: 0, 1 below the first power of two, then (2 + m) 2^(e - 1).
+    doubled = tl.where(bits < 2, bits, (2 | (bits & 1)) << (tl.maximum(bits >> 1, 1) - 1))
+    number = doubled.to(tl.float32) * tl.where((sign & 1) == 1, -0.5 * factor, 0.5 * factor)
+    return number.to(tl.float16) if MATH == FP16 else number
+
+
+@triton.jit
+def scale_factor(words, slice: tl.constexpr, FORMAT: tl.constexpr, MATH: tl.constexpr):
+    """Return the scales of a slice from their words (``float4``), by which ``scaled_floats`` multiplies.
+
+    Of NVFP4 they are 2^7 (float16) or 2^-7 times the scales. With the power of two by which the bits of a pattern are
+    too small, float16 leaves the 128 of ``scaled_floats``, too.
+    """
+    byte = (words >> (8 * slice)) & 255
+    if MATH == FP16:
+        factor = (byte << 7).to(tl.int16).to(tl.float16, bitcast=True)
+    elif MATH == BF16:
+        # The exponent of float32 and bfloat16 has the bias of e8m0; 2^-127 is a subnormal number there.
+        factor = tl.maximum(byte << 7, 0x40).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        number = scale.to(tl.float32)
-    return number
+        bits = tl.maximum(byte << 23, 0x400000) if FORMAT == 2 else tl.where(byte == 0, 0, (byte << 20) + (98 << 23))
+        factor = bits.to(tl.float32, bitcast=True)
+    return factor
 
 
 @triton.jit

@@ -6,7 +6,6 @@ the two numbers of each byte, and multiplied. A decoded number is rounded to bfl
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -22,17 +21,13 @@ DECODED = 1 << 19
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _table() -> Tensor:
-    """Return the two numbers of each byte, float32 [256, 2]."""
-    byte = torch.arange(256)
-    return float4.numbers(torch.stack((byte & 15, byte >> 4), dim=1))
-
-
-def decode_rows(packed: Tensor, scale: Tensor, divisor: Tensor | None, format: int, dtype: torch.dtype) -> Tensor:
+def decode_rows(
+    table: Tensor, packed: Tensor, scale: Tensor, divisor: Tensor | None, format: int, dtype: torch.dtype
+) -> Tensor:
     """Return decoded rows [n, in] in ``dtype``.
 
     Args:
+        table: float32 [256, 2], the two numbers of each byte.
         packed: uint8 [n, in / 2]; the low half of a byte is the even column.
         scale: uint8 [n, groups].
         divisor: float32 [n, 1], or None.
@@ -41,7 +36,7 @@ def decode_rows(packed: Tensor, scale: Tensor, divisor: Tensor | None, format: i
     rows, groups = scale.shape
     factor = float4.scale_numbers(scale, format)
     factor = factor if divisor is None else factor / divisor
-    numbers = _table().index_select(0, packed.reshape(-1).int()).view(rows, groups, -1)
+    numbers = table.index_select(0, packed.reshape(-1).int()).view(rows, groups, -1)
     return numbers.mul_(factor[..., None]).view(rows, -1).to(torch.bfloat16).to(dtype)
 
 
@@ -51,8 +46,10 @@ class Float4Linear(CpuLinear):
     Attributes:
         packed: uint8 [out, in / 2]; scale: uint8 [out, groups]; divisor: float32 [out, 1], or None.
         bias: [out], or None.
+        table: float32 [256, 2], the two numbers of each byte.
     """
 
+    table: Tensor
     scale: Tensor
     divisor: Tensor | None
     bias: Tensor | None
@@ -66,6 +63,9 @@ class Float4Linear(CpuLinear):
         self.register_buffer("scale", found.scale.view(torch.uint8))
         self.register_buffer("divisor", found.global_scale)
         self.register_buffer("bias", bias)
+        # The layer's own: what is kept for all layers may have been made while a model of fake tensors was traced.
+        byte = torch.arange(256, device=low.device)
+        self.register_buffer("table", float4.numbers(torch.stack((byte & 15, byte >> 4), dim=1)), persistent=False)
 
     def product(self, x: Tensor) -> Tensor:
         """See ``CpuLinear``."""
@@ -79,7 +79,7 @@ class Float4Linear(CpuLinear):
 
     def _rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         divisor = None if self.divisor is None else self.divisor[begin:end]
-        return decode_rows(self.packed[begin:end], self.scale[begin:end], divisor, self.format, dtype)
+        return decode_rows(self.table, self.packed[begin:end], self.scale[begin:end], divisor, self.format, dtype)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """See ``CpuLinear``."""

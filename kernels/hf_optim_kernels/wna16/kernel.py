@@ -4,9 +4,6 @@ One program of ``_linear_kernel`` computes a tile [BLOCK_M, BLOCK_N] of the outp
 minus their zero offset are whole numbers up to 128, exact in bfloat16 and float16: the tensor cores multiply these, and
 the scale of a group multiplies the float32 sum of its columns. ``SPLIT > 1`` is split-k, see ``common.splitk``.
 
-``FORMAT`` is the kind of numbers (``float4``): 4-bit floats times their scales are exact in 16 bits as well (they have
-six bits of mantissa at most), so that with many rows (``SCALED``) scales multiply numbers: all columns have one sum.
-
 ``_dense_kernel`` writes the weight in 16 bits, for products with so many rows that the library's is faster.
 """
 
@@ -17,7 +14,7 @@ import triton.language as tl
 
 from ..common.compute_type import FP32
 from ..common.splitk import output_tile, store_split
-from .decode import bytes_, floats, nibbles, scale_number
+from .decode import bytes_, nibbles
 
 
 @triton.jit
@@ -47,11 +44,9 @@ def _columns(values, first, cols, N, K, SLICE: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def _slices(words, WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, FORMAT: tl.constexpr = 0):
-    """Return the numbers of a k-tile, of integers ``code - zero offset``: [BLOCK_N, SLICE] for each slice."""
-    if FORMAT > 0:
-        return floats(words, MATH, ASM)
-    elif WIDTH == 8:
+def _slices(words, WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
+    """Return the numbers ``code - zero offset`` of a k-tile: [BLOCK_N, SLICE] for each slice."""
+    if WIDTH == 8:
         return bytes_(words, MATH, ASM)
     else:
         return nibbles(words, MATH, ASM)
@@ -61,7 +56,7 @@ def _slices(words, WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, F
 def _add_tile(
     acc, words, x, scales, zeros, rows, first, M, K, stride_x,
     SLICE: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr, MATH: tl.constexpr,
-    ASM: tl.constexpr, FORMAT: tl.constexpr = 0, SCALED: tl.constexpr = False,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Return ``acc`` [BLOCK_N, BLOCK_M] plus the product of a k-tile. The weight is the left operand, in registers.
 
@@ -69,27 +64,23 @@ def _add_tile(
     group, so it multiplies the sum of the inputs, after the product.
     """
     ZERO_OFFSET: tl.constexpr = 1 << (WIDTH - 1)
-    slices = _slices(words, WIDTH, MATH, ASM, FORMAT)
+    slices = _slices(words, WIDTH, MATH, ASM)
     part = tl.zeros(acc.shape, tl.float32)
     sums = tl.zeros(acc.shape, tl.float32)
     for p in tl.static_range(16 // WIDTH):
         tile = _x_tile(x, rows, first + p * SLICE, M, K, stride_x, SLICE, MATH)
-        if SCALED:
-            number = slices[p] * scale_number(scales[p], FORMAT).to(slices[p].dtype)
-            acc = tl.dot(number, tile, acc, input_precision="ieee")
-        else:
-            if p % PER_SCALE == 0:
-                part = tl.zeros(acc.shape, tl.float32)
-                sums = tl.zeros(acc.shape, tl.float32)
-            part = tl.dot(slices[p], tile, part, input_precision="ieee")
+        if p % PER_SCALE == 0:
+            part = tl.zeros(acc.shape, tl.float32)
+            sums = tl.zeros(acc.shape, tl.float32)
+        part = tl.dot(slices[p], tile, part, input_precision="ieee")
+        if HAS_ZERO:
+            # A product with ones leaves the sums where they are needed, and the tensor cores have time for it.
+            ones = tl.full([acc.shape[0], SLICE], 1.0, tile.dtype)
+            sums = tl.dot(ones, tile, sums, input_precision="ieee")
+        if p % PER_SCALE == PER_SCALE - 1:
             if HAS_ZERO:
-                # A product with ones leaves the sums where they are needed, and the tensor cores have time for it.
-                ones = tl.full([acc.shape[0], SLICE], 1.0, tile.dtype)
-                sums = tl.dot(ones, tile, sums, input_precision="ieee")
-            if p % PER_SCALE == PER_SCALE - 1:
-                if HAS_ZERO:
-                    part -= (zeros[p].to(tl.float32) - ZERO_OFFSET) * sums
-                acc += part * scale_number(scales[p], FORMAT)
+                part -= (zeros[p].to(tl.float32) - ZERO_OFFSET) * sums
+            acc += part * scales[p].to(tl.float32)
     return acc
 
 
@@ -98,12 +89,11 @@ def _linear_kernel(
     x, packed, scale, zero, bias, out, partial, semaphores, M, N, K, stride_x, stride_tile,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles of out [M, N].
 
-    x [M, K], packed int16 [k-tiles, N, SLICE], scale and zero [groups, N], partial [SPLIT, M, N]. Of NVFP4 (``FORMAT``
-    1) ``zero`` are the divisors of the rows, float32 [N].
+    x [M, K], packed int16 [k-tiles, N, SLICE], scale and zero [groups, N], partial [SPLIT, M, N].
     """
     pid_n, pid_m, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, wanted, cols = output_tile(pid_m, pid_n, N, BLOCK_M, BLOCK_N)
@@ -125,12 +115,10 @@ def _linear_kernel(
         else:
             zeros = (s0, s0, s0, s0)  # not read
         acc = _add_tile(acc, words, x, (s0, s1, s2, s3), zeros, rows, first, M, K, stride_x,
-                        SLICE, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM, FORMAT, SCALED)  # fmt: skip
+                        SLICE, PER_SCALE, HAS_ZERO, WIDTH, MATH, ASM)  # fmt: skip
         s0, s1, s2, s3 = n0, n1, n2, n3
         if HAS_ZERO:
             z0, z1, z2, z3 = m0, m1, m2, m3
-    if FORMAT == 1:
-        acc = acc / tl.load(zero + cols)[:, None]
     store_split(acc, partial, semaphores, bias, out, rows, wanted, cols, M, N, HAS_BIAS, SPLIT)
 
 
@@ -138,7 +126,7 @@ def _linear_kernel(
 def _dense_kernel(
     packed, scale, zero, out, N, K, stride_tile,
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
-    MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr,
+    MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Decode out [N, K], the weight; a program decodes one k-tile of ``BLOCK_N`` rows."""
     wanted = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -148,19 +136,13 @@ def _dense_kernel(
     COUNT: tl.constexpr = 16 // WIDTH
     first = k_tile * SLICE * COUNT
     scales = _columns(scale, first, cols, N, K, SLICE, GROUP, PER_SCALE, WIDTH)
-    if FORMAT == 0:
-        zeros = _columns(zero, first, cols, N, K, SLICE, GROUP, PER_SCALE, WIDTH)
-    elif FORMAT == 1:
-        divisor = tl.load(zero + cols)[:, None]
-    slices = _slices(words, WIDTH, MATH, ASM, FORMAT)
+    zeros = _columns(zero, first, cols, N, K, SLICE, GROUP, PER_SCALE, WIDTH)
+    slices = _slices(words, WIDTH, MATH, ASM)
     for p in tl.static_range(COUNT):
         number = slices[p].to(tl.float32)
         if HAS_ZERO:
             number -= zeros[p].to(tl.float32) - (1 << (WIDTH - 1))
-        factor = scale_number(scales[p], FORMAT)
-        if FORMAT == 1:
-            factor = factor / divisor
-        w = number * factor
+        w = number * scales[p].to(tl.float32)
         k = first + p * SLICE + tl.arange(0, SLICE)
         at = out + wanted.to(tl.int64)[:, None] * K + k[None, :]
         tl.store(at, w.to(out.dtype.element_ty), mask=(wanted < N)[:, None] & (k < K)[None, :])

@@ -14,6 +14,7 @@ from ..common.dense import multiply_decoded, over_rows
 from ..common.launch import is_aligned, launch
 from ..common.splitk import launch_split, new_semaphores
 from . import float4, wide
+from .float4_kernel import _float_dense_kernel, _float_linear_kernel
 from .kernel import _dense_kernel, _linear_kernel
 from .naive import PackedTensors, slice_columns, slices_per_scale
 
@@ -24,7 +25,6 @@ _TILE_NAMES = ("KERNEL", "BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages
 LIBRARY = dict(zip(_TILE_NAMES, ("library", 0, 0, 1, 0, 0), strict=True))
 # With fewer, the fused kernel is faster.
 LEAST_WIDE_ROWS = 32
-LEAST_SCALED_ROWS = 32
 # The names of the products with 4-bit floats, in tables of tiles.
 NAMES = {float4.NVFP4: "nvfp4", float4.MXFP4: "mxfp4"}
 # A layer whose decoded weight is larger is decoded and multiplied in parts.
@@ -69,14 +69,6 @@ def semaphores_for(N: int, device: torch.device) -> Tensor:
     return new_semaphores(4 * max(1, -(-N // 64)), device)
 
 
-def scales_numbers(block_m: int, format: int, dtype: torch.dtype) -> bool:
-    """Return True if scales of 4-bit floats multiply the numbers of a tile, not the sums of its groups.
-
-    Few rows have few sums. e8m0 reaches beyond the exponents of float16.
-    """
-    return block_m >= LEAST_SCALED_ROWS and not (format == float4.MXFP4 and dtype == torch.float16)
-
-
 def tiles_for(
     M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device, is_wide: bool = False, format: int = 0
 ) -> dict[str, Any]:  # fmt: skip
@@ -97,21 +89,21 @@ def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None)
     grid_n, grid_m = -(-N // block_n), -(-M // block_m)
     split = tiles["SPLIT"] if grid_n * grid_m <= semaphores.numel() else 1
     stride = x.stride(0)
-    constants = {
-        **_layout_constants(weight, K), "HAS_BIAS": bias is not None, "WIDTH": width,
-        **compute_constants(x.dtype, _linear_kernel), "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split,
-    }  # fmt: skip
-    constants |= {"FORMAT": format, "SCALED": bool(format) and scales_numbers(block_m, format, x.dtype)}
+    constants = {"HAS_BIAS": bias is not None, "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split}
+    kernel = _float_linear_kernel if format else _linear_kernel
+    constants |= compute_constants(x.dtype, kernel)
     if format:
         zero = divisor
+        constants |= {"GROUP": group_size, "FORMAT": format}
+    else:
+        constants |= {**_layout_constants(weight, K), "WIDTH": width}
     key = (
         x.dtype, scale.dtype, zero.dtype if zero is not None else 0, bias.dtype if bias is not None else 0, N, K,
-        stride, group_size, width, split, block_m, block_n, warps, stages, is_aligned(x, packed), format,
-        constants["SCALED"],
+        stride, group_size, width, split, block_m, block_n, warps, stages, is_aligned(x, packed, scale), format,
     )  # fmt: skip
     before = (x, packed, scale, zero if zero is not None else scale, bias if bias is not None else scale)
     return launch_split(
-        _linear_kernel, (grid_n, grid_m, split), before, (semaphores, M, N, K, stride, packed.stride(0)), (M, N),
+        kernel, (grid_n, grid_m, split), before, (semaphores, M, N, K, stride, packed.stride(0)), (M, N),
         x.dtype, constants=constants, num_warps=warps, num_stages=stages, key=key,
     )  # fmt: skip
 
@@ -133,22 +125,29 @@ def dense(
     out = torch.empty((count, columns), dtype=dtype, device=weight.packed.device)
     if out.numel() == 0:
         return out
+    if weight.format:
+        packed, words, divisor = weight.packed, weight.scale, weight.divisor
+        launch(
+            _float_dense_kernel, (tiles, -(-count // block), 1),
+            (packed, words, words if divisor is None else divisor, out, N, columns, packed.stride(0), first, count),
+            {"GROUP": weight.group_size, "FORMAT": weight.format, "BLOCK_N": block}, num_warps=4, num_stages=1,
+            key=(dtype, columns, N, weight.group_size, weight.format, is_aligned(packed, words, out)),
+        )  # fmt: skip
+        return out
     # Scales lie [groups, out]: a slice of the rows begins further along each group.
     here = weight.packed[:, first : first + count]
     scale, zero = (None if t is None else t[:, first : first + count] for t in (weight.scale, weight.zero))
     if count < N:
         scale, zero = (None if t is None else t.contiguous() for t in (scale, zero))
     assert scale is not None
-    if weight.divisor is not None:
-        zero = weight.divisor[first : first + count]
     launch(
         _dense_kernel, (tiles, -(-count // block), 1),
         (here, scale, zero if zero is not None else scale, out, count, columns, here.stride(0)),
         {**_layout_constants(weight, columns), "WIDTH": width, **compute_constants(dtype, _dense_kernel),
-         "BLOCK_N": block, "FORMAT": weight.format},
+         "BLOCK_N": block},
         num_warps=4, num_stages=1,
         key=(dtype, scale.dtype, zero.dtype if zero is not None else 0, count, columns, N, weight.group_size, width,
-             is_aligned(here, scale, out), weight.format),
+             is_aligned(here, scale, out)),
     )  # fmt: skip
     return out
 
@@ -175,5 +174,5 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = Non
         y = wide.attempt(functools.partial(wide.product, x, weight, found), x.device)
         if y is not None:
             return y
-        found = tiles_for(M, N, K, weight.width, x.dtype, x.device)
+        found = tiles_for(M, N, K, weight.width, x.dtype, x.device, format=weight.format)
     return by_library(x, weight) if found["KERNEL"] == "library" else fused(x, weight, found)

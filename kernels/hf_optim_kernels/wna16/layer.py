@@ -80,7 +80,7 @@ class PackedWeight(PlannedLinear):
 
     Attributes:
         packed: int16 [k-tiles, out, slice], see ``naive.pack``.
-        scale: [groups, out], as in the checkpoint; zero: uint8 [groups, out], or None.
+        scale: [groups, out], as in the checkpoint, or words of bytes (``float4``); zero: uint8 [groups, out], or None.
         divisor: float32 [out], of NVFP4, or None.
         order: int64 [in]: stored column ``j`` is column ``order[j]`` of the input; None for the identity.
         semaphores: int32, for programs that share a tile.
@@ -134,13 +134,13 @@ class PackedWeight(PlannedLinear):
         codes, scale = found.codes, found.scale
         format, shared = float4.format_of(scale), getattr(found, "global_scale", None)
         if format:
-            scale = scale.view(torch.uint8)
+            codes, scale = float4.without_signs(codes, scale.view(torch.uint8), format)
         if zero is None and bits != width:
             # Stored with more bits than it has: the zero offset moves.
             codes = codes + (2 ** (width - 1) - 2 ** (bits - 1))
         return cls(
             naive.pack(codes, width, group_size, format),
-            scale.T.contiguous(),
+            float4.pack_scales(scale, format) if format else scale.T.contiguous(),
             None if zero is None else zero.to(torch.uint8).T.contiguous(),
             found.order,
             None if bias is None else bias.detach(),
@@ -153,10 +153,14 @@ class PackedWeight(PlannedLinear):
         )
 
     def codes(self) -> Codes:
-        """Return the codes, scales and zero points of the weight, bitwise identical to those it was packed from."""
+        """Return the codes, scales and zero points of the weight, bitwise identical to those it was packed from.
+
+        The sign of an e4m3 scale has moved to its codes.
+        """
         codes = naive.unpack(self.packed, self.width, self.columns, self.format)
         if self.format:
-            scale = self.scale.T.contiguous().view(float4.E4M3 if self.format == float4.NVFP4 else float4.E8M0)
+            scale = float4.unpack_scales(self.scale, self.format, -(-self.columns // self.group_size))
+            scale = scale.view(float4.E4M3 if self.format == float4.NVFP4 else float4.E8M0)
             shared = None if self.divisor is None else self.divisor[:, None].contiguous()
             return Codes(codes.contiguous(), scale, None, global_scale=shared)
         if self.zero is None and self.bits != self.width:

@@ -30,7 +30,7 @@ class PackedTensors(NamedTuple):
 
     Attributes:
         packed: int16 [k-tiles, out, slice], made by ``pack``.
-        scale: [groups, out], floating point; of 4-bit floats uint8.
+        scale: [groups, out], floating point; of 4-bit floats int32 [k-tiles, out, words], see ``float4``.
         zero: [groups, out], whole numbers in [0, 2^width), of any dtype; None for the symmetric grid.
         bias: [out], or None.
         semaphores: int32 split-k semaphores, zeros before and after a call; the specification does not read them.
@@ -87,7 +87,7 @@ def pack(codes: Tensor, width: int, group_size: int, format: int = float4.INTEGE
     says.
     """
     rows, columns = codes.shape
-    size, slices = slice_columns(group_size, columns), WORD // width
+    size, slices = float4.SLICE if format else slice_columns(group_size, columns), WORD // width
     padding = -columns % (size * slices)
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, padding)).view(rows, -1, slices, size)
     words = torch.zeros(rows, codes.shape[1], size, dtype=torch.int32, device=codes.device)
@@ -114,9 +114,10 @@ def dequantize(weight: PackedTensors, columns: int, dtype: torch.dtype = torch.f
     codes = unpack(weight.packed, weight.width, columns, weight.format)
     group = torch.arange(columns, device=codes.device) // weight.group_size
     if weight.format:
-        scale = float4.scale_numbers(weight.scale, weight.format, dtype)
-        scale = scale if weight.divisor is None else scale / weight.divisor.to(dtype)
-        return float4.numbers(codes, dtype) * scale[group].T
+        bytes_ = float4.unpack_scales(weight.scale, weight.format, -(-columns // weight.group_size))
+        scale = float4.scale_numbers(bytes_, weight.format, dtype)
+        scale = scale if weight.divisor is None else scale / weight.divisor.to(dtype)[:, None]
+        return float4.numbers(codes, dtype) * scale[:, group]
     codes = codes.to(dtype)
     offset = 2.0 ** (weight.width - 1) if weight.zero is None else weight.zero.to(dtype)[group].T
     return (codes - offset) * weight.scale.to(dtype)[group].T

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.launch import is_aligned, launch
 from ..common.splitk import parts_memory
+from . import float4
 from .naive import PackedTensors, slice_columns
 
 log = logging.getLogger(__name__)
@@ -72,12 +73,12 @@ def supports(x: Tensor, weight: PackedTensors) -> bool:
     is_grouped = weight.group_size < K
     return (
         x.dtype in _HALVES
-        and not weight.format
+        and (weight.format != float4.MXFP4 or x.dtype == torch.bfloat16)
         and K % SLICE == 0
         and N % 16 == 0
         and x.stride(0) % 8 == 0
-        and slice_columns(weight.group_size, K) == SLICE
-        and (not is_grouped or weight.scale.dtype == x.dtype)
+        and (bool(weight.format) or slice_columns(weight.group_size, K) == SLICE)
+        and (not is_grouped or bool(weight.format) or weight.scale.dtype == x.dtype)
         and (not is_grouped or weight.zero is None or weight.zero.dtype == torch.uint8)
         and is_aligned(x, weight.packed, weight.scale)
         and is_usable(x.device)
@@ -93,9 +94,9 @@ def even_split(K: int, split: int) -> int:
 
 def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
     """Return ``x W^T + bias`` [M, out] for operands that the kernel ``supports``."""
-    from .wide_kernel import ASSEMBLY, wide_kernel
+    from .wide_kernel import ASSEMBLY, FLOAT_ASSEMBLY, wide_kernel
 
-    packed, scale, zero, bias, semaphores, width, group_size, *_ = weight
+    packed, scale, zero, bias, semaphores, width, group_size, format, divisor = weight
     assert semaphores is not None
     (M, K), N = x.shape, packed.shape[1]
     block_m, block_n, warps, ring = (tiles[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
@@ -104,21 +105,27 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     partial = parts_memory(out, count, split, block_m * block_n, torch.float32)
     half, magic = _HALVES[x.dtype]
-    scales = _scales_per_unit(group_size, K)
+    if format:
+        scales, zero = SLICE // group_size, None
+        assembly = tuple(FLOAT_ASSEMBLY[format, part, half] for part in range(4))
+    else:
+        scales = _scales_per_unit(group_size, K)
+        assembly = tuple(ASSEMBLY[width, part, half, scales > 0] for part in range(16 // width))
     constants = {
         "GROUP": min(group_size, K), "SCALES": scales, "HAS_ZERO": zero is not None, "HAS_BIAS": bias is not None,
-        "WIDTH": width, "DECODE": tuple(ASSEMBLY[width, part, half, scales > 0] for part in range(16 // width)),
+        "WIDTH": width, "DECODE": assembly,
         "MAGIC": magic if width == 4 else 0, "BLOCK_M": block_m, "BLOCK_N": block_n, "IS_SPLIT": split > 1,
-        "RING": ring,
+        "RING": ring, "FORMAT": format,
     }  # fmt: skip
+    zero = divisor if format else zero
     others = scale if zero is None else zero, scale if bias is None else bias
     stride = x.stride(0)
     launch(
         wide_kernel, (count, split, 1),
         (x, packed, scale, *others, out, partial, semaphores, M, N, K, stride, packed.stride(0), split), constants,
         num_warps=warps, num_stages=1,
-        key=(x.dtype, scale.dtype, *(t.dtype for t in others), zero is None, bias is None, N, K, stride, group_size,
-             width, split > 1, block_m, block_n, warps, ring, is_aligned(*others)),
+        key=(x.dtype, format, scale.dtype, *(t.dtype for t in others), zero is None, bias is None, N, K, stride,
+             group_size, width, split > 1, block_m, block_n, warps, ring, is_aligned(*others)),
     )  # fmt: skip
     return out
 

@@ -52,6 +52,40 @@ def _assembly(width: int, part: int, half: str, is_scaled: bool) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
+# How the bits of slice ``part`` of a word of 4-bit floats come to their places (``float4``): a shift to the left (or
+# right) of the magnitude, then of the sign, for bfloat16 and float16.
+_PLACES = {"bf16": ((0, 0), (3, 3), (6, 1), (-3, 2)), "fp16": ((3, 0), (6, 3), (9, 1), (0, 2))}
+
+
+def _float_assembly(format: int, part: int, half: str) -> str:
+    """Return PTX that decodes a part of two words $1 to $0, with the scales of byte ``part`` of the word $2 (as $3).
+
+    See ``decode.scaled_floats`` for what the numbers are multiplied with.
+    """
+    kind, bits, big = {"bf16": ("bf16x2", "0x01C001C0", "0x7E807E80"), "fp16": ("f16x2", "0x0E000E00", "0x74007400")}[
+        half
+    ]
+    magnitude, sign = _PLACES[half][part]
+    lines = [".reg .b32 m, s, f, zero, other;"]
+    lines += [f"{'shl.b32' if magnitude >= 0 else 'shr.u32'} m, $1, {abs(magnitude)};", f"shl.b32 s, $1, {sign};"]
+    lines += ["and.b32 s, s, 0x80008000;", f"lop3.b32 m, m, {bits}, s, 0xEA;"]
+    lines += [f"shr.u32 f, $2, {8 * part};", "and.b32 f, f, 255;", "mov.b32 zero, 0x80008000;"]
+    if format == 2:
+        lines += ["shl.b32 f, f, 7;", "max.u32 f, f, 64;", "mul.lo.u32 f, f, 0x00010001;"]
+        lines += [f"mov.b32 other, {big};", f"fma.rn.{kind} m, m, other, zero;"]
+    elif half == "bf16":
+        lines += ["mad.lo.u32 f, f, 0x00100010, 0x70007000;", "mov.b32 other, 0x3F803F80;", "mov.b32 s, 0xF000F000;"]
+        lines += [f"fma.rn.{kind} f, f, other, s;"]
+    else:
+        lines += ["mul.lo.u32 f, f, 0x00800080;"]
+    return "{ " + " ".join([*lines, f"fma.rn.{kind} $0, m, f, zero;"]) + " }"
+
+
+FLOAT_ASSEMBLY = {
+    (format, part, half): _float_assembly(format, part, half)
+    for format, half in ((1, "bf16"), (1, "fp16"), (2, "bf16"))
+    for part in range(4)
+}
 ASSEMBLY = {
     (width, part, half, is_scaled): _assembly(width, part, half, is_scaled)
     for width in (4, 8)
@@ -94,18 +128,32 @@ def _copy_grids(grids, values, place, unit, end, groups, first_n, N, GROUP: gl.c
         async_copy.async_copy_global_to_shared(grids.index(place * SCALES + part), values + group * N + n, mask=inside)
 
 
+@gluon.jit
+def _copy_words(grids, values, place, unit, end, first_n, N, COUNT: gl.constexpr, BLOCK_N: gl.constexpr,
+                LAYOUT: gl.constexpr):  # fmt: skip
+    """Copy the words of 8-bit scales of a unit, [N, COUNT] each, into the ring at ``place``; the caller commits."""
+    n = first_n + gl.arange(0, BLOCK_N, LAYOUT)
+    inside = (n < N) & (unit < end)
+    for part in gl.static_range(COUNT):
+        at = values + (gl.minimum(unit, end - 1) * N + n) * COUNT + part
+        async_copy.async_copy_global_to_shared(grids.index(place * COUNT + part), at, mask=inside)
+
+
 @gluon.jit(do_not_specialize=["M", "split"])
 def wide_kernel(
     x, packed, scale, zero, bias, out, partial, semaphores, M, N, K, stride_x, stride_tile, split,
     GROUP: gl.constexpr, SCALES: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, WIDTH: gl.constexpr,
     DECODE: gl.constexpr, MAGIC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr,
-    RING: gl.constexpr,
+    RING: gl.constexpr, FORMAT: gl.constexpr,
 ):  # fmt: skip
     """Compute tiles of out [M, N]; programs (rows fastest, then columns; split).
 
     x [M, K], packed int16 [k-tiles, N, SLICE], scale and zero [groups, N], partial float32, for every tile ``split``
     parts. ``SCALES`` of a unit: 1, 2 or 4; 0 for one scale per row. K is a multiple of 64, N of 16, and rows of x begin
     at multiples of 16 bytes. ``MAGIC`` is what ``DECODE``, the assembly, leaves added to a code.
+
+    Of 4-bit floats (``FORMAT`` 1 and 2, see ``float4``) scale is int32 [k-tiles, N, ``SCALES``], and of NVFP4 (1) zero
+    are the divisors, float32 [N].
     """
     HALF: gl.constexpr = x.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
@@ -128,7 +176,7 @@ def wide_kernel(
     inputs = (x0, x1, x2, x3)
     words = gl.allocate_shared_memory(gl.int16, [RING * TILES, BLOCK_N, SLICE], swizzled)
     if SCALES > 0:
-        scales = gl.allocate_shared_memory(HALF, [RING * SCALES, BLOCK_N], plain)
+        scales = gl.allocate_shared_memory(scale.dtype.element_ty, [RING * SCALES, BLOCK_N], plain)
         if HAS_ZERO:
             zeros = gl.allocate_shared_memory(zero.dtype.element_ty, [RING * SCALES, BLOCK_N], plain)
 
@@ -146,7 +194,9 @@ def wide_kernel(
 
     for ahead in gl.static_range(RING):
         _copy_codes(words, packed, ahead, begin + ahead, end, last_tile, n, stride_tile, WIDTH, wide)
-        if SCALES > 0:
+        if FORMAT > 0:
+            _copy_words(scales, scale, ahead, begin + ahead, end, first_n, N, SCALES, BLOCK_N, lined)
+        elif SCALES > 0:
             _copy_grids(scales, scale, ahead, begin + ahead, end, groups, first_n, N, GROUP, SCALES, BLOCK_N, lined)
             if HAS_ZERO:
                 _copy_grids(zeros, zero, ahead, begin + ahead, end, groups, first_n, N, GROUP, SCALES, BLOCK_N, lined)
@@ -165,9 +215,17 @@ def wide_kernel(
     before = gl.zeros([BLOCK_N, STEP], HALF, left)
     for unit in range(begin, end):
         place = (unit - begin) % RING
+        if FORMAT > 0:
+            h0 = scales.index(place * SCALES).load(rows)
+            h1 = scales.index(place * SCALES + 1).load(rows)
+            h2 = scales.index(place * SCALES + 2).load(rows) if SCALES == 4 else h0
+            h3 = scales.index(place * SCALES + 3).load(rows) if SCALES == 4 else h0
+            held = (h0, h1, h2, h3)
         for p in gl.static_range(4):
             minus = gl.full([BLOCK_N], -(MAGIC + (1 << (WIDTH - 1))), HALF, rows)
-            if SCALES > 0:
+            if FORMAT > 0:
+                factor = minus  # not read
+            elif SCALES > 0:
                 factor = scales.index(place * SCALES + p * SCALES // 4).load(rows)
                 if HAS_ZERO:
                     found = zeros.index(place * SCALES + p * SCALES // 4).load(rows)
@@ -179,12 +237,19 @@ def wide_kernel(
             tile_words = words.index(place * TILES + p * TILES // 4)
             for q in gl.static_range(SLICE // STEP):
                 codes = tile_words.slice(q * STEP, STEP, 1).load(left)
-                code, minus2 = gl.broadcast(codes, minus[:, None])
-                code, factor2 = gl.broadcast(codes, factor[:, None])
-                weight = gl.inline_asm_elementwise(
-                    DECODE[p % (16 // WIDTH)], "=r,r,r,r", [code, minus2, factor2], dtype=x.dtype.element_ty,
-                    is_pure=True, pack=2,
-                )  # fmt: skip
+                if FORMAT > 0:
+                    found = held[q * SCALES // 4]
+                    code, found2 = gl.broadcast(codes, found[:, None])
+                    weight = gl.inline_asm_elementwise(
+                        DECODE[p], "=r,r,r,r", [code, found2], dtype=x.dtype.element_ty, is_pure=True, pack=2
+                    )
+                else:
+                    code, minus2 = gl.broadcast(codes, minus[:, None])
+                    code, factor2 = gl.broadcast(codes, factor[:, None])
+                    weight = gl.inline_asm_elementwise(
+                        DECODE[p % (16 // WIDTH)], "=r,r,r,r", [code, minus2, factor2], dtype=x.dtype.element_ty,
+                        is_pure=True, pack=2,
+                    )  # fmt: skip
                 # A warp that issues a product waits until the one before it has read its registers. So products are
                 # short, and two of them are in flight.
                 piece = inputs[p].slice(q * STEP, STEP, 1).permute((1, 0))
@@ -194,7 +259,9 @@ def wide_kernel(
             if p == 3:
                 following = unit + RING
                 _copy_codes(words, packed, place, following, end, last_tile, n, stride_tile, WIDTH, wide)
-                if SCALES > 0:
+                if FORMAT > 0:
+                    _copy_words(scales, scale, place, following, end, first_n, N, SCALES, BLOCK_N, lined)
+                elif SCALES > 0:
                     _copy_grids(scales, scale, place, following, end, groups, first_n, N, GROUP, SCALES, BLOCK_N,
                                 lined)  # fmt: skip
                     if HAS_ZERO:
@@ -206,5 +273,8 @@ def wide_kernel(
             async_copy.commit_group()
     acc, before = warpgroup_mma_wait(0, deps=[acc, before])
     async_copy.wait_group(0)
+    if FORMAT == 1:
+        inside = gl.minimum(first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, sums)), N - 1)
+        acc = acc * (128.0 / gl.load(zero + inside))[:, None]
     finish(acc, partial, semaphores, scale, bias, out, tile, part, split, first_m, first_n, M, N, SCALES == 0, HAS_BIAS,
            IS_SPLIT)  # fmt: skip
