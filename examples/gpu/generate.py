@@ -18,21 +18,37 @@ import time
 import traceback
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-# name, scheme, layers, prompt, new tokens, batches, ways
+
+class Entry(NamedTuple):
+    """A row of the plan; ``vocabulary`` is the number of words, whose output head is read in every step."""
+
+    name: str
+    scheme: str
+    layers: int
+    prompt: int
+    new: int
+    batches: tuple[int, ...]
+    ways: tuple[str, ...]
+    vocabulary: int = 128_256
+
+
+OURS = ("graph", "captured")
 PLAN = [
-    ("dense", "dense", 32, 128, 128, (1, 8), ("graph", "captured")),
-    ("w4a16", "w4a16", 32, 128, 128, (1, 8), ("graph", "captured")),
-    ("w8a8", "w8a8", 32, 128, 128, (1, 8), ("graph", "captured")),
-    ("2:4-w4a16", "2:4-w4a16", 32, 128, 128, (1,), ("graph", "captured")),
-    ("long", "dense", 8, 30_000, 64, (1,), ("graph", "captured", "dynamic")),
-    ("long-8", "dense", 8, 8_000, 64, (8,), ("graph", "captured", "dynamic")),
-    ("dense-stock", "dense", 32, 128, 64, (1,), ("static", "static-eager")),
-    ("w4a16-stock", "w4a16", 32, 128, 64, (1, 8), ("static", "static-eager")),
-    ("w8a8-stock", "w8a8", 32, 128, 64, (1,), ("static", "static-eager")),
-    ("long-stock", "dense", 8, 30_000, 64, (1,), ("static",)),
-    ("long-8-stock", "dense", 8, 8_000, 64, (8,), ("static",)),
+    Entry("dense", "dense", 32, 128, 128, (1, 8), OURS),
+    Entry("w4a16", "w4a16", 32, 128, 128, (1, 8), OURS),
+    Entry("w8a8", "w8a8", 32, 128, 128, (1, 8), OURS),
+    Entry("2:4-w4a16", "2:4-w4a16", 32, 128, 128, (1,), OURS),
+    Entry("long", "dense", 8, 30_000, 64, (1,), (*OURS, "dynamic")),
+    Entry("long-8", "dense", 8, 8_000, 64, (8,), (*OURS, "dynamic")),
+    Entry("long-32000", "dense", 8, 30_000, 64, (1,), (*OURS, "dynamic"), 32_000),
+    Entry("long-8-32000", "dense", 8, 8_000, 64, (8,), (*OURS, "dynamic"), 32_000),
+    Entry("dense-stock", "dense", 32, 128, 64, (1,), ("static", "static-eager")),
+    Entry("w4a16-stock", "w4a16", 32, 128, 64, (1, 8), ("static", "static-eager")),
+    Entry("w8a8-stock", "w8a8", 32, 128, 64, (1,), ("static", "static-eager")),
+    Entry("long-stock", "dense", 8, 30_000, 64, (1,), ("static",)),
+    Entry("long-8-stock", "dense", 8, 8_000, 64, (8,), ("static",)),
 ]
 CALLS = 4
 
@@ -157,9 +173,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def work(entry: tuple, tiny: bool, turn: Any, pipe: Any) -> None:
+def work(entry: Entry, tiny: bool, turn: Any, pipe: Any) -> None:
     """Build and prepare the row of the plan; measure when it is this process's turn."""
-    name, scheme, layers, prompt, new, batches, ways = entry
+    name, scheme, layers, prompt, new, batches, ways, vocabulary = entry
     try:
         import torch
         from transformers.utils import logging
@@ -170,7 +186,7 @@ def work(entry: tuple, tiny: bool, turn: Any, pipe: Any) -> None:
         warnings.simplefilter("ignore")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         shape = dict(models.SHAPES["tiny" if tiny else "llama-3-8b"], max_position_embeddings=32768)
-        models.SHAPES["timed"] = shape if tiny else {**shape, "num_hidden_layers": layers}
+        models.SHAPES["timed"] = shape if tiny else {**shape, "num_hidden_layers": layers, "vocab_size": vocabulary}
         model = models.build("timed", scheme, torch.bfloat16 if not tiny else torch.float32, device)
         timed = [Timed(model, way, batch, prompt, new) for way in ways for batch in batches]
         for each in timed:
@@ -187,6 +203,7 @@ def work(entry: tuple, tiny: bool, turn: Any, pipe: Any) -> None:
         for each in timed:
             if each.first_call is not None:
                 row = {"name": name, "scheme": scheme, "layers": layers, "prompt": prompt, "new_tokens": new}
+                row["vocabulary"] = model.config.vocab_size
                 row |= each.measure()
                 # Random weights have near ties, which roundings decide: how many tokens come before the first of them.
                 tokens = first.setdefault(len(each.ids), each.tokens)
@@ -212,13 +229,13 @@ def main() -> None:
     args = parser.parse_args()
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    plan = [entry for entry in PLAN if not args.only or entry[0] in args.only]
+    plan = [entry for entry in PLAN if not args.only or entry.name in args.only]
     if args.ways:
-        plan = [(*entry[:-1], tuple(way for way in entry[-1] if way in args.ways)) for entry in plan]
-        plan = [entry for entry in plan if entry[-1]]
+        plan = [entry._replace(ways=tuple(way for way in entry.ways if way in args.ways)) for entry in plan]
+        plan = [entry for entry in plan if entry.ways]
     if args.tiny:
         plan = [
-            (n, s if s == "dense" else "dense", 2, 16, 12, b, ("graph", "dynamic")) for n, s, _, _, _, b, _ in plan[:2]
+            entry._replace(scheme="dense", layers=2, prompt=16, new=12, ways=("graph", "dynamic")) for entry in plan[:2]
         ]
     import torch
 
@@ -231,9 +248,11 @@ def main() -> None:
         process.join()
     pipe, turns, processes = context.Queue(), {}, {}
     for entry in plan:
-        turns[entry[0]] = context.Event()
-        processes[entry[0]] = context.Process(target=work, args=(entry, args.tiny, turns[entry[0]], pipe), daemon=True)
-        processes[entry[0]].start()
+        turns[entry.name] = context.Event()
+        processes[entry.name] = context.Process(
+            target=work, args=(entry, args.tiny, turns[entry.name], pipe), daemon=True
+        )
+        processes[entry.name].start()
     ready: list[str] = []
     rows: list[dict[str, Any]] = []
     done: set[str] = set()

@@ -19,7 +19,7 @@ from sections import Sections
 
 from hf_optim_kernels.common import benchmark
 from hf_optim_kernels.decode_attention import op as dense
-from hf_optim_kernels.kv_cache import launch, naive, op
+from hf_optim_kernels.kv_cache import naive, op
 from hf_optim_kernels.kv_cache.format import Format, Store, allocate
 
 H, G, D = 32, 8, 128
@@ -34,8 +34,6 @@ FORMATS = {
     "int4 group 32": Format(4, False, False, 32, 128, False),
 }
 SHAPES = {"1 x 32k": (1, 32768), "16 x 8k": (16, 8192), "16 x 32k": (16, 32768)}
-# Programs of a multiprocessor, and stages; the first is what launches use.
-VARIANTS = [(launch.RESIDENT, launch.STAGES), (24, 3), (32, 3), (48, 3), (96, 3), (48, 2), (48, 4)]
 
 
 def tensors(B, N, dtype=torch.bfloat16, heads=(H, G), dims=(D, D), queries=1, seed=0):
@@ -117,24 +115,14 @@ def reference_attention(query, key, value, mask, sinks, scale, softcap):
     return (scores.softmax(-1)[..., : key.shape[2]] @ v).transpose(1, 2)
 
 
-def use(variant):
-    launch.RESIDENT, launch.STAGES = variant
-
-
-if chosen := os.environ.get("KV_VARIANT"):  # a variant that is used throughout
-    VARIANTS = [tuple(map(int, chosen.split(",")))]
-use(VARIANTS[0])
-
-
-def warm(part, parts):
-    """Compile what the sections need: every ``parts``-th job from ``part`` on."""
-    jobs = [lambda c=c, n=n: check(c, n) for c in CASES for n in checked(c)]
-    # A kernel does not depend on the number of programs, nor on the shape of the cache.
-    for name in FORMATS:
-        jobs.append(lambda n=name: attend_once(n, "1 x 32k", VARIANTS[0]))
-    for variant in {v[1:]: v for v in VARIANTS}.values():
-        for name in ("int8", "int4"):
-            jobs.append(lambda n=name, v=variant: attend_once(n, "1 x 32k", v))
+def warm(part, parts, sections):
+    """Compile what ``sections`` need: every ``parts``-th job from ``part`` on."""
+    jobs = []
+    if "correctness" in sections:
+        jobs += [lambda c=c, n=n: check(c, n) for c in CASES for n in checked(c)]
+    if "times" in sections:
+        # A kernel does not depend on the number of programs, nor on the shape of the cache.
+        jobs += [lambda n=name: attend_once(n, "1 x 32k") for name in FORMATS]
     for job in jobs[part::parts]:
         try:
             job()
@@ -147,8 +135,7 @@ def checked(case):
     return list(FORMATS) if case == "grouped" else ["int8", "float8", "int4"]
 
 
-def attend_once(name, shape, variant):
-    use(variant)
+def attend_once(name, shape):
     (B, N), fmt = SHAPES[shape], FORMATS[name]
     query = torch.zeros(B, H, 1, D, dtype=torch.bfloat16, device="cuda")
     like = query.new_zeros(B, G, 1, D)
@@ -159,9 +146,12 @@ def attend_once(name, shape, variant):
 
 def main():
     section = Sections("kv-cache.json")
-    if len(sys.argv) == 1 or any(word in "correctness times" for word in sys.argv[1:]):
+    words = sys.argv[1:]
+    compiled = [name for name in ("correctness", "times") if not words or any(word in name for word in words)]
+    if compiled:
         start, count = time.time(), min(14, os.cpu_count() or 1)
-        workers = [subprocess.Popen([sys.executable, __file__, "--warm", str(i), str(count)]) for i in range(count)]
+        command = [sys.executable, __file__, "--warm"]
+        workers = [subprocess.Popen([*command, str(i), str(count), *compiled]) for i in range(count)]
         for worker in workers:
             worker.wait()
         print(f"compiled in {time.time() - start:.0f} s", flush=True)
@@ -177,6 +167,7 @@ def main():
     def _():
         """Microseconds of one attention, from replayed graphs over caches that are larger than L2 together."""
         found = {}
+        section.result["copy_tb_per_s"] = round(benchmark.copy_bandwidth() / 1e6, 2)
         for shape, (B, N) in SHAPES.items():
             query, key, value = tensors(B, N)
             bytes_dense = 2 * key.numel() * 2
@@ -189,14 +180,7 @@ def main():
             rows["bf16 sdpa"] = timed([lambda k=k, v=v: sdpa(k, v) for k, v in caches], bytes_dense)
             del caches
             for name, fmt in FORMATS.items():
-                use(VARIANTS[0])
                 rows[name] = timed_format(fmt, query, key, value)
-                if name in ("int8", "int4") and shape == "16 x 32k":
-                    for variant in VARIANTS[1:]:
-                        use(variant)
-                        rows[f"{name}, programs {variant[0]}, stages {variant[1]}"] = timed_format(
-                            fmt, query, key, value
-                        )
             base = rows["bf16 kernel"]["us"]
             for name, row in rows.items():
                 row["times_bf16"] = base / row["us"] if "us" in row else None
@@ -204,7 +188,6 @@ def main():
                       f"{row.get('tb_s', 0):.2f} TB/s", row.get("failed", ""), flush=True)  # fmt: skip
             found[shape] = rows
             torch.cuda.empty_cache()
-        use(VARIANTS[0])
         return found
 
     @section("append")
@@ -308,6 +291,6 @@ def generate():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--warm"]:
-        warm(int(sys.argv[2]), int(sys.argv[3]))
+        warm(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     else:
         main()

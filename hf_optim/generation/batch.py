@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from .static_cache import unsupported_cache
+from .static_cache import drops_keys, unsupported_cache
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Prefilled:
         cache: keys and values.
         logits: of the last position, float32 ``[n, V]``.
         encoder: the encoder's outputs, the first of them ``[n, S, width]``; None of a model without one.
+        patterned: the model's attention is that of a pattern.
     """
 
     prompt: Tensor
@@ -31,6 +32,7 @@ class Prefilled:
     cache: Any
     logits: Tensor
     encoder: Any = None
+    patterned: bool = False
 
     @property
     def rows(self) -> int:
@@ -51,6 +53,8 @@ class Prefilled:
         """Return why the steps after this prefill cannot be captured; None if they can be."""
         if self.cache is None:
             return "the model returns no cache"
+        if self.patterned and (reason := self._why_not_in_slots()) is not None:
+            return reason
         if self.encoder is None:
             return unsupported_cache(self.cache)
         if not isinstance(self.cache, EncoderDecoderCache):
@@ -58,6 +62,15 @@ class Prefilled:
         if not all(self.cache.is_updated.values()):
             return "a layer computes keys and values of the encoder at each step"
         return unsupported_cache(self.cache.self_attention_cache) or unsupported_cache(self.cache.cross_attention_cache)
+
+    def _why_not_in_slots(self) -> str | None:
+        """Return why the keys that a pattern sees have no slots; None if they have."""
+        others = {type(layer).__name__ for layer in self.own.layers if not drops_keys(layer)}
+        if others:
+            return f"under this attention pattern the cache has a {min(others)}, whose state cannot stay at one address"
+        if self.positions is None:
+            return "under an attention pattern a step needs position_ids, which this model does not take"
+        return None
 
     def structure(self) -> tuple[Any, ...]:
         """Return what besides its size decides about the buffers of a session."""

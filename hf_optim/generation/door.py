@@ -28,8 +28,10 @@ from .loop import Decoding, WrongStep
 from .quantized_cache import reads_codes, with_wanted_cache
 from .reasons import why_stock
 from .session import DecodeSession
+from .watched_logits import WatchedLogits
 
 INSIDE = ("hf_optim", "transformers", "torch")
+NOT_NUMBERS = "the logits have NaN from token {} of the sequence on"
 MODES = ("auto", "captured", "eager", "stock")
 
 
@@ -84,8 +86,11 @@ def generate(
 
     Returns what ``model.generate`` returns: tokens ``[rows, P + n]``, or with ``return_dict_in_generate`` an
     output with ``sequences``, ``scores``, ``logits`` and the cache. Raises ``ModelError`` for an unknown mode, inputs
-    on another device than the model, a static cache that is too short, and a cache of another number of rows.
+    on another device than the model, a static cache that is too short, a cache of another number of rows, a model
+    without ``generate``, and logits with NaN where samples are drawn on a CPU.
     """
+    if not callable(getattr(model, "generate", None)):
+        raise ModelError(f"{type(model).__name__} has no generate: load a model with a language modelling head first")
     if mode not in MODES:
         raise ModelError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     if compat.is_prepared(generation_config):
@@ -148,6 +153,7 @@ def _generate(
     early_exit: Any = None,
 ) -> Any:
     assert input_ids is not None
+    device = input_ids.device
     require_device(model, {"input_ids": input_ids, **kwargs})
     require_room(input_ids, criteria, kwargs)
     kwargs = with_wanted_cache(model, kwargs)
@@ -159,13 +165,22 @@ def _generate(
     def stock() -> Any:
         loop = compat.decoding_method(model, config, assistant)
         extra = {"streamer": streamer, **({"assistant_model": assistant} if assistant is not None else {})}
-        with on_kernel(model) if reads_codes(model, kwargs) else nullcontext():
-            return loop(
-                model, input_ids, logits_processor=processors, stopping_criteria=criteria, generation_config=config,
-                synced_gpus=synced_gpus, **extra, **kwargs,
-            )  # fmt: skip
+        watched = WatchedLogits()
+        try:
+            with on_kernel(model) if reads_codes(model, kwargs) else nullcontext():
+                result = loop(
+                    model, input_ids, logits_processor=watched.before(processors), stopping_criteria=criteria,
+                    generation_config=config, synced_gpus=synced_gpus, **extra, **kwargs,
+                )  # fmt: skip
+        except RuntimeError as error:
+            # After an assertion on a GPU, nothing can be read there.
+            if device.type != "cuda" and (first := watched.first_nan()) is not None:
+                raise ModelError(f"{NOT_NUMBERS.format(first)}, so no token can be drawn") from error
+            raise
+        if (first := watched.first_nan()) is not None:
+            _warn(f"{NOT_NUMBERS.format(first)}: later tokens mean nothing")
+        return result
 
-    device = input_ids.device
     if mode == "stock" or (mode == "auto" and not has_graphs(device)):
         return stock()
     reason = why_stock(model, input_ids, processors, criteria, config, synced_gpus, assistant, kwargs)
@@ -222,7 +237,7 @@ def _decode(model: Any, decoding: Decoding, mode: str) -> Any:
     finally:
         lock.release()
     if decoding.first_nan is not None:
-        _warn(f"the logits have NaN from token {decoding.first_nan} of the sequence on: later tokens mean nothing")
+        _warn(f"{NOT_NUMBERS.format(decoding.first_nan)}: later tokens mean nothing")
     return result
 
 

@@ -10,16 +10,14 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from ..toolkit.attention import FIELD
 from ..toolkit.compat import CACHE
 from ..toolkit.modules.graph_capture import CaptureMemoryError
 from .batch import Prefilled
 from .session import DecodeSession
-from .static_cache import next_logits
+from .static_cache import WINDOW, next_logits
 from .stopping import Sequences
 
-# Tokens are read back after the first step, then after this many. Meanwhile as many steps again are launched, so that
-# the device does not wait for the host; at most twice as many are computed in vain after the end.
-WINDOW = 4
 # How far the logits of a session's first step may be from transformers': the root mean square of the differences as a
 # share of the standard deviation of the logits. A wrong mask or position gives several tenths.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -63,6 +61,7 @@ class Decoding:
             outputs.get(CACHE),
             next_logits(outputs),
             self.kwargs["encoder_outputs"] if self.model.config.is_encoder_decoder else None,
+            getattr(self.model.config, FIELD, None) is not None,
         )
         return self.batch
 

@@ -138,6 +138,7 @@ class QuantizedLayer(_Quantized, DynamicLayer):
     """
 
     is_compileable = False
+    grows_by_half = True
 
     def __init__(self, scheme: KeyValueScheme) -> None:
         super().__init__()
@@ -201,11 +202,12 @@ class QuantizedLayer(_Quantized, DynamicLayer):
         needed, room = self.fmt.quantized(tokens), _kernel("format").capacity(self.store, self.fmt)
         if needed <= room:
             return
-        old = self.store
-        self._allocate(old.tail_keys, old.tail_values, needed + max(GROWTH, needed // 2 if room > GROWTH else 0))
-        for mine, theirs in zip(self.store, old, strict=True):
+        old, more = self.store, max(GROWTH, needed // 2 if room > GROWTH and self.grows_by_half else 0)
+        made = _kernel("format").allocate(self.fmt, old.tail_keys, old.tail_values, needed + more)
+        for mine, theirs in zip(made, old, strict=True):
             if mine.dim() > 2:
                 mine[:, :, : theirs.shape[2]].copy_(theirs)
+        self._set(made)
 
     # -- what transformers asks for -----------------------------------------------------------------------------------
     def get_seq_length(self) -> int:

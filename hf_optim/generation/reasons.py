@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from ..toolkit.attention import FIELD
 from ..toolkit.compat import CACHE
 from ..toolkit.offloading import find_state
 from .sampling import unsupported_processor
@@ -53,7 +52,6 @@ def why_stock(
         (config.cache_implementation not in (None, "dynamic"),
          f"cache_implementation={config.cache_implementation!r} is asked for"),
         (input_ids.ndim != 2 or (input_ids.shape[1] == 0 and not embedded), "the prompt has no tokens"),
-        (getattr(model.config, FIELD, None) is not None, "attention by a pattern keeps a cache of its own"),
         (model.training, "the model is in training mode, where dropout changes each step"),
     )  # fmt: skip
     for holds, reason in reasons:

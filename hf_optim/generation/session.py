@@ -87,7 +87,7 @@ class DecodeSession:
             )
         self.sequences[:, :length].copy_(_padded(batch.prompt, self.rows))
         self.count.fill_(length)
-        self.keys_values.fill(batch.own)
+        self.keys_values.fill(batch.own, batch.mask)
         self.mask.fill_(1)
         if self.memory is not None:
             self.memory.fill(batch.cache.cross_attention_cache, batch.encoder, batch.mask)
@@ -106,7 +106,8 @@ class DecodeSession:
         """Run the model on the last tokens, and leave the logits of the next in ``logits``."""
         inputs: dict[str, Any] = {CACHE: self.keys_values.cache, "use_cache": True}
         if self.memory is None:
-            inputs["attention_mask"] = self.mask
+            # Under a pattern, the cache itself knows which tokens are padding.
+            inputs["attention_mask"] = None if self.keys_values.knows_padding else self.mask
         else:
             inputs |= {**self.memory.inputs(), CACHE: self.memory.with_own(self.keys_values.cache)}
             if _takes_decoder_mask(type(model).forward):
@@ -181,6 +182,7 @@ class DecodeSession:
     def _capture_step(self, model: Any, setting: _Setting, compiled: bool) -> None:
         """Capture what can be: compiled if that is possible, with the processors if that is possible."""
         reasons: list[str] = []
+        compiled = compiled and not self.keys_values.knows_padding  # models with a pattern are left uncompiled
         for call in (capture.compiled_call(model), capture.call) if compiled else (capture.call,):
             forward = partial(self.forward, model, call)
             if call is capture.call:
@@ -208,13 +210,12 @@ class DecodeSession:
         if self.positions is not None:
             buffers.append(self.positions)
         kept = [each.clone() for each in buffers]
-        tokens = int(self.keys_values.cache.get_seq_length())
+        put_back = self.keys_values.mark()
 
         def restore() -> None:
-            # What a run has written behind the tokens is overwritten by the next.
             for each, before in zip(buffers, kept, strict=True):
                 each.copy_(before)
-            self.keys_values.set_tokens(tokens)
+            put_back()
 
         pool, self._pool = self._pool, None  # a capture that fails spoils it
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from ..toolkit.attention import FixedLayer, Slots
 from .quantized_cache import QuantizedLayer, StaticQuantizedLayer
+
+# Tokens are read back after the first step, then after this many. Meanwhile as many steps again are launched, so that
+# the device does not wait for the host; at most twice as many are computed in vain after the end.
+WINDOW = 4
 
 
 def unsupported_cache(cache: Any) -> str | None:
@@ -17,9 +23,16 @@ def unsupported_cache(cache: Any) -> str | None:
     if not isinstance(cache, Cache) or not cache.layers:
         return f"the model keeps its state in a {type(cache).__name__}, which has no layers of keys and values"
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer):
+        if drops_keys(layer) and getattr(layer, "record_past", False):
+            return "the cache records its past, so that tokens can be taken back"
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer) and not drops_keys(layer):
             return f"the cache has a {type(layer).__name__}, whose state cannot stay at one address"
     return None
+
+
+def drops_keys(layer: Any) -> bool:
+    """Return True for a layer that holds the keys that a pattern sees, whichever checkpoint brought its class."""
+    return hasattr(layer, "visible_keys") and hasattr(layer, "extend")
 
 
 class StaticKeyValues:
@@ -39,7 +52,15 @@ class StaticKeyValues:
         self.rows = rows
         self.length = length
         self._layers: list[Any] = []
+        self._slots: dict[Any, Slots] = {}  # of each pattern
         for given in source.layers:
+            if drops_keys(given):
+                heads = given.kept.heads
+                first = heads not in self._slots
+                if first:
+                    self._slots[heads] = Slots(heads, rows, length, 2 * WINDOW, given.keys.device)
+                self._layers.append(FixedLayer(self._slots[heads], given, rows, first))
+                continue
             if isinstance(given, QuantizedLayer):
                 self._layers.append(given.static(rows, length))
                 continue
@@ -50,14 +71,30 @@ class StaticKeyValues:
             self._layers.append(layer)
         self.cache = Cache(layers=self._layers)
 
-    def fill(self, source: Any) -> int:
+    @property
+    def knows_padding(self) -> bool:
+        """True if layers know which tokens are padding, so that a step has no mask."""
+        return bool(self._slots)
+
+    def fill(self, source: Any, mask: Tensor | None = None) -> int:
         """Copy the keys and values of a prefill, and set the number of tokens; return it.
 
         Rows beyond those of ``source`` get its first row. Positions after the prefill are set to zero: they are
         masked, but zero times a value that is not finite would still be NaN.
+
+        Args:
+            source: the cache of the prefill.
+            mask: the ``attention_mask [n, tokens]`` of the prefill; None without padding.
         """
         tokens = int(source.get_seq_length())
         for layer, given in zip(self._layers, source.layers, strict=True):
+            if isinstance(layer, FixedLayer):
+                keys, values, positions = given.visible_keys()
+                layer.load(keys, values)
+                if layer.first:
+                    count = positions.new_full((len(keys),), tokens) if mask is None else mask.sum(1)
+                    layer.slots.load(*(self._all_rows(part) for part in (positions.expand(len(keys), -1), count)))
+                continue
             if not given.is_initialized:
                 continue
             if isinstance(layer, StaticQuantizedLayer):
@@ -71,13 +108,30 @@ class StaticKeyValues:
         self.set_tokens(tokens)
         return tokens
 
+    def _all_rows(self, part: Tensor) -> Tensor:
+        return torch.cat([part, part[:1].expand(self.rows - len(part), *part.shape[1:])])
+
     def set_tokens(self, tokens: int) -> None:
-        """Set the number of tokens that the cache holds."""
+        """Set the number of tokens that layers without a pattern hold."""
         for layer in self._layers:
             if isinstance(layer, StaticQuantizedLayer):
                 layer.set_tokens(tokens)
-            else:
+            elif not isinstance(layer, FixedLayer):
                 layer.cumulative_length.fill_(tokens)
+
+    def mark(self) -> Callable[[], None]:
+        """Return a function that takes back the steps from now on, a few at most."""
+        tokens = int(self.cache.get_seq_length())
+        changed = [part for slots in self._slots.values() for part in slots.state()]
+        before = [part.clone() for part in changed]
+
+        def put_back() -> None:
+            # What a step has written behind the tokens is overwritten by the next.
+            self.set_tokens(tokens)
+            for part, kept in zip(changed, before, strict=True):
+                part.copy_(kept)
+
+        return put_back
 
     def append_to(self, target: Any, first: int, tokens: int) -> None:
         """Append the keys and values of positions ``first`` to ``tokens`` to the cache of the prefill."""
@@ -86,6 +140,10 @@ class StaticKeyValues:
         for index, (layer, theirs) in enumerate(zip(self._layers, target.layers, strict=True)):
             if isinstance(layer, StaticQuantizedLayer):
                 layer.unload(theirs, tokens)
+            elif isinstance(layer, FixedLayer):
+                count, rows = tokens - first, len(theirs.keys)
+                keys, values = layer.first_tokens(count)
+                theirs.extend(keys[:rows], values[:rows])
             elif theirs.is_initialized:
                 rows = theirs.keys.shape[0]
                 keys, values = (t[:rows, :, first:tokens].clone() for t in (layer.keys, layer.values))

@@ -41,6 +41,7 @@ def calls(monkeypatch):
     return seen
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_models_get_the_tokens_of_transformers(name, calls):
     model = make(name)

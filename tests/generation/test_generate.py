@@ -34,6 +34,7 @@ def test_left_padded_batches_get_the_tokens_of_transformers(name, settings):
     assert torch.equal(expected, found)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"llama", "gpt2", "mistral-window-6", "gemma3-window-6"}))
 def test_other_families_get_the_tokens_of_transformers(name):
     model = make(name)
@@ -262,6 +263,23 @@ def test_not_a_number_is_reported_once_with_its_step(llama):
     assert torch.equal(*both(llama, inputs))
 
 
+def test_not_a_number_in_transformers_loop_is_reported_too(llama):
+    inputs = prompt(llama)
+    expected = hf_optim.generate(llama, **inputs, max_new_tokens=4)
+    row = llama.lm_head.weight[3].detach().clone()
+    with torch.no_grad():
+        llama.lm_head.weight[3] = float("nan")
+    for call in ({}, {"num_beams": 2}, {"mode": "stock"}):
+        with pytest.warns(hf_optim.GenerationWarning, match="NaN from token 9 ") as seen:
+            hf_optim.generate(llama, **inputs, max_new_tokens=4, **call)
+        assert len([each for each in seen if each.category is hf_optim.GenerationWarning]) == 1
+    with pytest.raises(hf_optim.ModelError, match=r"NaN from token 9 .* no token can be drawn"):
+        hf_optim.generate(llama, **inputs, max_new_tokens=4, do_sample=True)
+    with torch.no_grad():
+        llama.lm_head.weight[3] = row
+    assert torch.equal(hf_optim.generate(llama, **inputs, max_new_tokens=4), expected)
+
+
 def test_a_second_thread_runs_in_transformers_loop(llama):
     inputs = prompt(llama)
     expected = hf_optim.generate(llama, **inputs, max_new_tokens=6, mode="eager")
@@ -319,6 +337,8 @@ def test_no_memory_for_the_cache_is_said(llama, monkeypatch):
 def test_wrong_arguments_are_refused(llama):
     with pytest.raises(hf_optim.ModelError, match="mode 'fast' is not one of"):
         hf_optim.generate(llama, **prompt(llama), mode="fast")
+    with pytest.raises(hf_optim.ModelError, match="str has no generate"):
+        hf_optim.generate("org/model", **prompt(llama))
     with pytest.raises(hf_optim.ModelError, match="input_ids is on meta, the model on cpu"):
         hf_optim.generate(llama, torch.zeros(1, 3, dtype=torch.long, device="meta"))
 

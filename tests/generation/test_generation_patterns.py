@@ -1,19 +1,17 @@
-"""``hf_optim.generate`` and quantized caches for models with an attention pattern."""
+"""Quantized caches, and calls in transformers' loop, for models with an attention pattern."""
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
-from patterned import DROPPING, patterned, registered
+from patterned import patterned, registered
 from tiny_models import tiny_llama
+from transformers import DynamicCache
 
 import hf_optim
 from hf_optim import KeyValueScheme, ModelError
 from hf_optim.generation.door import GenerationWarning
 from hf_optim.generation.quantized_cache import QuantizedLayer, key_value_cache
-from hf_optim.toolkit.attention import PatternLayer
 from hf_optim.toolkit.compat import CACHE
 from hf_optim.toolkit.quantization import set_scheme
 
@@ -32,22 +30,6 @@ def make(*terms):
     return patterned(tiny_llama(), *terms)
 
 
-@pytest.mark.parametrize("mode", ["eager", "captured", "auto", "stock"])
-def test_a_model_with_a_pattern_runs_in_the_loop_of_transformers_with_one_warning(mode):
-    model = make(*DROPPING)
-    mask = torch.ones_like(IDS)
-    mask[1, :5] = 0
-    given = {"attention_mask": mask, "return_dict_in_generate": True, **SETTINGS}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = hf_optim.generate(model, IDS, mode=mode, **given)
-    assert torch.equal(found.sequences, model.generate(IDS, use_cache=False, **given).sequences)
-    assert {type(layer) for layer in found[CACHE].layers} == {PatternLayer}
-    told = [str(each.message) for each in caught if each.category is GenerationWarning]
-    reason = "generating in transformers' loop: attention by a pattern keeps a cache of its own"
-    assert told == ([reason] if mode in ("eager", "captured") else [])
-
-
 def test_layers_that_drop_keys_are_not_quantized():
     scheme = KeyValueScheme(8, residual=0)
     with pytest.raises(ModelError, match="an attention pattern, and holds few tokens"):
@@ -62,3 +44,29 @@ def test_a_pattern_that_drops_nothing_runs_on_a_quantized_cache():
     found = hf_optim.generate(model, IDS, return_dict_in_generate=True, **SETTINGS)
     assert {type(layer) for layer in found[CACHE].layers} == {QuantizedLayer}
     assert (found.sequences == expected).float().mean() > 0.8
+
+
+def told_by(model, **given):
+    with pytest.warns(GenerationWarning) as caught:
+        found = hf_optim.generate(model, IDS, mode="eager", return_dict_in_generate=True, **SETTINGS, **given)
+    (told,) = {str(each.message) for each in caught}
+    return told, found
+
+
+def test_what_has_no_slots_runs_in_the_loop_of_transformers_with_one_warning():
+    model = make("strided")
+    recording = DynamicCache(config=model.config)
+    model(IDS[:, :6], use_cache=True, **{CACHE: recording})
+    for layer in recording.layers:
+        layer.activate_past_recording()
+    told, _ = told_by(model, **{CACHE: recording})
+    assert told == "generating in transformers' loop: the cache records its past, so that tokens can be taken back"
+
+    set_scheme(model.config, KeyValueScheme(8, residual=0))
+    told, _ = told_by(model)
+    assert "under this attention pattern the cache has a QuantizedLayer" in told
+
+    compressed = hf_optim.optimize(tiny_llama(), [{"technique": "compressed", "stride": 3, "local": 4}])
+    told, found = told_by(compressed)
+    assert "whose state cannot stay at one address" in told
+    assert torch.equal(found.sequences, compressed.generate(IDS, **SETTINGS))

@@ -6,9 +6,12 @@ import pytest
 import torch
 from interpreting import BOUND, on_triton, relative
 
-from hf_optim_kernels.decode_attention import launch, naive, op
-
 pytest.importorskip("triton")
+
+from absent_device import launches_on
+
+from hf_optim_kernels.decode_attention import launch, naive, op
+from hf_optim_kernels.decode_attention.kernel import _attend_kernel, _combine_kernel
 
 SHAPES = {  # rows, heads, key heads, new tokens, positions, head size, value head size
     "grouped": (2, 4, 2, 1, 37, 32, 32),
@@ -188,12 +191,30 @@ def test_pieces_fill_the_device():
 @on_triton
 def test_a_cache_that_grows_adds_no_launches(device, monkeypatch):
     """A dynamic cache has another length at each token: what was compiled for one serves the next."""
-    keys = set()
-    monkeypatch.setattr(launch, "launch", lambda *args, key, **options: keys.add(key))
-    for positions in range(2001, 2016):
+    found = []
+    monkeypatch.setattr(launch, "launch", lambda *args, key, **options: found.append((args[0], args[3], key)))
+    for positions in range(1999, 2034):
         query, key = (torch.zeros(1, heads, n, 16, device=device) for heads, n in ((4, 1), (2, positions)))
         launch.decode_attention(query, key, key, None, None, None, 0.2, 0.0)
-    assert len(keys) == 2
+    attend, combine = ([each for each in found if each[0] is kernel] for kernel in (_attend_kernel, _combine_kernel))
+    assert len({key for *_, key in attend}) == 1
+    # Sums of pieces are compiled for powers of two of them.
+    assert len({key for *_, key in combine}) == len({constants["SPLITS"] for _, constants, _ in combine}) <= 2
+
+
+@pytest.mark.parametrize("processors", [4, 108, 132])
+def test_a_long_text_compiles_a_few_kernels(processors):
+    """From the first token to 4,096, on devices on which the number of pieces goes up and down with the length."""
+    with launches_on(launch, processors=processors) as found:
+        query = torch.empty(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+        for positions in (*range(1, 4096, 13), *range(4080, 4100)):
+            key = torch.empty(1, 2, positions, 128, device="cuda", dtype=torch.bfloat16)
+            launch.decode_attention(query, key, key, None, None, None, 0.2, 0.0)
+    attend, combine = (
+        {each["key"] for each in found if each["name"] == name} for name in ("_attend_kernel", "_combine_kernel")
+    )
+    assert len(attend) == 2  # in one piece, and in several
+    assert 1 <= len(combine) <= launch.MOST_PIECES.bit_length() - 1
 
 
 def test_what_it_does_not_take():

@@ -8,6 +8,10 @@ from interpreting import BOUND, on_triton, relative
 
 pytest.importorskip("triton")
 
+from absent_device import launches_on
+from compile_launches import compile_one
+
+from hf_optim_kernels.decode_attention import launch as decode_launch
 from hf_optim_kernels.kv_cache import launch, naive, op
 from hf_optim_kernels.kv_cache.format import FLOAT8_MAX, TINY, Format, Store, allocate, capacity
 
@@ -25,10 +29,11 @@ SHAPES = {  # rows, heads, key heads, new tokens, positions, head size, value he
     "one-key-head": (1, 8, 1, 1, 390, 16, 16),
     "a-few-tokens": (2, 3, 3, 3, 290, 16, 24),
 }
+WIDE = {"wide": (1, 2, 1, 1, 110, 256, 256), "wide-keys": (1, 2, 1, 1, 110, 192, 64)}
 
 
 def tensors(shape, dtype=torch.float32, device="cpu", seed=0):
-    B, H, G, Q, N, D, DV = SHAPES[shape]
+    B, H, G, Q, N, D, DV = {**SHAPES, **WIDE}[shape]
     random = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(size, generator=random) for size in ((B, H, Q, D), (B, G, N, D), (B, G, N, DV)))
     key[..., ::7] += 5  # channels that are large for every token
@@ -181,13 +186,13 @@ def test_the_specification(name, shape):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_kernel(name, dtype, device, monkeypatch):
-    monkeypatch.setattr(launch, "LEAST_TOKENS", 128)  # several pieces
+    monkeypatch.setattr(launch, "LEAST_TOKENS", 64)  # several pieces
     monkeypatch.setattr(launch, "INTERPRETED_TAIL", launch.TAIL)
     fmt = FORMATS[name]
     query, key, value = tensors("grouped", dtype, device)
     store, quantized = filled(fmt, key, value, room=9)
     tokens = key.shape[2]
-    assert launch.pieces(4, store.key_words.shape[2], fmt.tile, 4) > 1
+    assert launch.pieces(4, capacity(store, fmt), 4 * launch.RESIDENT[fmt.bits]) > 1
     for mask, sinks, softcap in (
         (None, None, 0.0),
         (mask_of("grouped", device), torch.linspace(-1, 3, query.shape[1], device=device), 2.5),
@@ -254,6 +259,49 @@ def test_many_heads_of_a_key_head(heads, device):
     found = op.kv_attend(query, state, 0, key.shape[2], None, None, 0.2, 0.0, fields(fmt), *store)
     expected = exact(query, store, fmt, key.shape[2], quantized, None, None, 0.2, 0.0)
     assert relative(found.cpu(), expected) < 2 * BOUND[torch.float16]
+
+
+@on_triton
+@pytest.mark.parametrize(("shape", "name"), [("wide", "int4"), ("wide", "float8"), ("wide-keys", "int8")])
+def test_wide_heads(shape, name, device, monkeypatch):
+    """Few tokens in full precision are read at once, but as many as a tensor core sums over."""
+    monkeypatch.setattr(launch, "INTERPRETED_TAIL", launch.TAIL)
+    fmt = FORMATS[name]
+    query, key, value = tensors(shape, torch.float16, device)
+    store, quantized = filled(fmt, key, value)
+    state = state_of(key.shape[2], quantized, device)
+    found = op.kv_attend(query, state, 0, key.shape[2], None, None, 0.1, 0.0, fields(fmt), *store)
+    expected = exact(query, store, fmt, key.shape[2], quantized, None, None, 0.1, 0.0)
+    assert relative(found.cpu(), expected) < 2 * BOUND[torch.float16]
+
+
+def launches_of(fmt, d, dv, dtype):
+    """What attention of a token to keys of ``d`` channels and values of ``dv`` launches on a GPU."""
+    with launches_on(launch, decode_launch) as found:
+        query, key, value = (
+            torch.empty(1, heads, 1, size, device="cuda", dtype=dtype) for heads, size in ((8, d), (2, d), (2, dv))
+        )
+        state = torch.empty(3, device="cuda", dtype=torch.int32)
+        launch.attend(query, state, 0, 2000, allocate(fmt, key, value, 2000), fmt, None, None, 0.1, 0.0)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_sums_of_a_gpu_have_as_many_terms_as_a_tensor_core_takes(name, dtype):
+    """Products sum over channels, over tokens of a place of words, and over tokens in full precision."""
+    for d, dv in ((16, 16), (40, 24), (64, 64), (128, 128), (256, 64), (64, 256), (256, 256)):
+        attend, _ = launches_of(FORMATS[name], d, dv, dtype)
+        assert min(attend["constants"][term] for term in ("DP", "SUB", "TAIL")) >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["int4", "int8", "float8"])
+def test_attention_of_wide_heads_compiles(name, dtype, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # as it is where nothing is set, without a warning
+    for each in launches_of(FORMATS[name], 256, 256, dtype):
+        assert compile_one(each, 90) is None
 
 
 @on_triton
@@ -342,14 +390,16 @@ def test_what_it_does_not_take():
     assert "mask" in op.unsupported(query, 2, torch.zeros(1, 8, 1, 5, dtype=torch.bool))
 
 
-def test_pieces_fill_the_device_and_are_not_short():
-    for pairs, tiles, tile in ((8, 512, 64), (128, 512, 64), (128, 1024, 32), (4096, 1, 64), (8, 1, 32)):
-        found = launch.pieces(pairs, tiles, tile, 132)
-        assert 1 <= found <= launch.MOST_PIECES
+@pytest.mark.parametrize("slots", [1188, 1320])
+def test_pieces_fill_rounds_of_programs_and_are_not_short(slots):
+    for pairs, tokens in ((8, 32768), (64, 8192), (128, 8192), (128, 32768), (256, 4096), (4096, 64), (8, 32)):
+        found = launch.pieces(pairs, tokens, slots)
+        assert 1 <= found < launch.MOST_PIECES
         if found > 1:
-            assert tiles * tile >= found * launch.LEAST_TOKENS
-        fills = found * pairs >= 8 * 132
-        assert fills or found == max(1, tiles * tile // launch.LEAST_TOKENS)
+            assert tokens >= found * launch.LEAST_TOKENS
+        programs = pairs * (found + launch.TAILS)
+        full = programs / (-(-programs // slots) * slots)
+        assert full > 0.95 or tokens < (found + 2) * launch.LEAST_TOKENS
 
 
 @pytest.mark.parametrize("name", ["int4", "float8"])

@@ -7,6 +7,7 @@ decode kernel runs. ``launch`` does that once per key and from then on calls the
 from __future__ import annotations
 
 import threading
+from functools import cache
 from typing import Any
 
 import torch
@@ -116,6 +117,16 @@ def _options(warps: int, stages: int, registers: int, early: int) -> dict[str, i
     """Return compile options as Triton names them."""
     more = {"maxnreg": registers} if registers else {}
     return {"num_warps": warps, "num_stages": stages, **more, **({"launch_pdl": True} if early else {})}
+
+
+def begins_early(tensor: Tensor) -> bool:
+    """Return True if a launch on a tensor's device can begin before the one before it has ended (``early``)."""
+    return tensor.is_cuda and _capability(tensor.device.index) >= (9, 0)
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def is_aligned(*tensors: Tensor) -> bool:

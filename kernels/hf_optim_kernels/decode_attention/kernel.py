@@ -15,21 +15,24 @@ from ..common.compute_type import FP32
 UNIT = tl.constexpr(16)
 
 
-@triton.jit
+# A dynamic cache has another length at each token, cut into another number of pieces: neither is compiled for.
+@triton.jit(do_not_specialize=["N", "SPLIT"])
 def _attend_kernel(
     query, key, value, mask, ranges, sinks, out, part, sums, scale, softcap, SPLIT, H, G, N, D, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_n, r_b,
     GROUP: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, FULL: tl.constexpr, WHOLE: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention over one piece of the cache; unless WHOLE, its sums, which ``_combine_kernel`` adds up.
 
     Programs are (piece, batch row and key head, block of rows), and the rows are the queries of a key head: ``GROUP``
     heads of ``Q`` tokens. ``scale`` includes log2(e). ``ranges`` [B, Q, 3] int32: first and end of the positions, and
     how many of them are allowed. ``part`` [SPLIT, B Q H, DV] float32, ``sums`` [SPLIT, B Q H, 2]: the largest score and
-    the sum of powers of 2. FULL: D and DV fill their blocks.
+    the sum of powers of 2. FULL: D and DV fill their blocks. EARLY: the next launch may begin meanwhile.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     piece, pair = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -126,9 +129,17 @@ def _attend_kernel(
         tl.store(sums + (piece * size + at) * 2 + 1, total, mask=real)
 
 
-@triton.jit
-def _combine_kernel(part, sums, out, size, SPLIT, DV, SPLITS: tl.constexpr, STEP: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Add up the pieces of a row and ``BLOCK_DV`` channels: out [size, DV]. ``SPLITS`` is a power of two."""
+@triton.jit(do_not_specialize=["SPLIT"])
+def _combine_kernel(
+    part, sums, out, size, SPLIT, DV, SPLITS: tl.constexpr, STEP: tl.constexpr, BLOCK_DV: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Add up the pieces of a row and ``BLOCK_DV`` channels: out [size, DV]. ``SPLITS`` is a power of two.
+
+    With EARLY it begins while the pieces are being computed, and waits for them.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     pieces = tl.arange(0, SPLITS)

@@ -10,12 +10,13 @@ import triton
 from torch import Tensor
 
 from ..common.compute_type import compute_constants
-from ..common.launch import is_aligned, launch
+from ..common.launch import begins_early, is_aligned, launch
 from .kernel import _attend_kernel, _combine_kernel
 
 # Positions of a block, warps, blocks whose loads are under way, and programs that a multiprocessor runs at once: the
-# fastest on an H200 of 24 such choices, each with 9 numbers of programs.
-BLOCK, WARPS, STAGES, RESIDENT = 64, 4, 3, 2
+# fastest on an H200, and for GPUs with less shared memory than its programs take.
+FASTEST, SMALLER = (128, 4, 3, 1), (64, 4, 3, 2)
+SHARED_MEMORY = 144_000
 # The most rows of a program: heads of a group times new tokens.
 MOST_ROWS = 64
 # What the number of pieces is chosen by: microseconds that a program needs besides reading, and bytes that a
@@ -24,6 +25,8 @@ STARTUP, RATE = 2.0, 32_000
 # The launch that adds up pieces, in microseconds.
 COMBINE = 2.5
 MOST_PIECES = 256
+# Whether the launch that adds up pieces begins before they are computed, where the device can.
+EARLY = True
 # Channels of a program that adds up pieces, which loads all of them at once.
 CHUNK = 32
 
@@ -31,6 +34,12 @@ CHUNK = 32
 @cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def _has_room(index: int) -> bool:
+    properties = torch.cuda.get_device_properties(index)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED_MEMORY
 
 
 @lru_cache(maxsize=256)
@@ -78,11 +87,12 @@ def decode_attention(
     chunks = triton.cdiv(group * Q, rows)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (D, DV))
     row_bytes = (D + DV) * query.element_size()
+    most, warps, stages, resident = FASTEST if query.is_cuda and _has_room(query.device.index) else SMALLER
     # As many bytes of a block as with heads of 128 and 16 bits.
-    block = max(16, BLOCK * 512 // max(512, 2 * block_d * query.element_size(), 2 * block_dv * query.element_size()))
-    warps = WARPS if rows <= 32 else 2 * WARPS
+    block = max(16, most * 512 // max(512, 2 * block_d * query.element_size(), 2 * block_dv * query.element_size()))
+    warps = warps if rows <= 32 else 2 * warps
     processors = _processors(query.device.index) if query.is_cuda else 4
-    split = pieces(B * G * chunks, N, block, row_bytes, RESIDENT * processors, RESIDENT)
+    split = pieces(B * G * chunks, N, block, row_bytes, resident * processors, resident)
     size = B * Q * H
     part = out if split == 1 else torch.empty((split, size, DV), dtype=torch.float32, device=query.device)
     sums = out if split == 1 else torch.empty((split, size, 2), dtype=torch.float32, device=query.device)
@@ -96,6 +106,7 @@ def decode_attention(
         "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
         "MATH": compute_constants(query.dtype, _attend_kernel)["MATH"],
     }  # fmt: skip
+    constants["EARLY"] = split > 1 and early(query)
     log2e = math.log2(math.e)
     given = (
         query, key, value, query if masks is None else masks, query if ranges is None else ranges,
@@ -103,28 +114,34 @@ def decode_attention(
     )  # fmt: skip
     numbers = (split, H, G, N, D, DV, *strides)
     cache_key = (
-        *(t.dtype for t in given), *(is_aligned(t) for t in given), *(_kind(number) for number in numbers),
-        *constants.values(), warps, STAGES,
+        *(t.dtype for t in given), *(is_aligned(t) for t in given), *(_kind(each) for each in (H, G, D, DV, *strides)),
+        N >= 1 << 31, *constants.values(), warps, stages,
     )  # fmt: skip
     launch(
         _attend_kernel, (split, B * G, chunks), (*given, scale * log2e, softcap * log2e, *numbers), constants,
-        num_warps=warps, num_stages=STAGES, key=cache_key,
+        num_warps=warps, num_stages=stages, key=cache_key,
     )  # fmt: skip
     if split > 1:
         combine(part, sums, out, size, split, DV)
     return out
 
 
+def early(tensor: Tensor) -> bool:
+    """Return True if ``combine`` begins before the launch before it has ended, which then lets it."""
+    return EARLY and begins_early(tensor)
+
+
 def combine(part: Tensor, sums: Tensor, out: Tensor, size: int, split: int, channels: int) -> None:
     """Add up ``split`` pieces of ``size`` rows into ``out``: see ``_combine_kernel``."""
     splits = triton.next_power_of_2(split)
     block = min(CHUNK, triton.next_power_of_2(channels))
-    constants = {"SPLITS": splits, "STEP": min(splits, 8192 // block), "BLOCK_DV": block}
+    ahead = early(out)
+    constants = {"SPLITS": splits, "STEP": min(splits, 8192 // block), "BLOCK_DV": block, "EARLY": ahead}
     launch(
         _combine_kernel, (size, triton.cdiv(channels, block), 1), (part, sums, out, size, split, channels), constants,
-        num_warps=4, num_stages=1,
-        key=(out.dtype, is_aligned(part), is_aligned(sums), is_aligned(out), _kind(size), _kind(split),
-             _kind(channels), *constants.values()),
+        num_warps=4, num_stages=1, early=ahead,
+        key=(out.dtype, is_aligned(part), is_aligned(sums), is_aligned(out), _kind(size), _kind(channels),
+             *constants.values()),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ..common.compute_type import FP16, FP32
 from .numbers import power_of_2
-from .sub_blocks import NO_SCORE, add_values, capped, group_query, sub_scores, zero_points
+from .sub_blocks import NO_SCORE, add_pairs, add_values, capped, group_query, sub_scores, zero_points
 
 # The largest weight is 2^HEADROOM: small ones have that many more bits in float16.
 HEADROOM = tl.constexpr(10.0)
@@ -55,14 +55,17 @@ def _attend_kernel(
     STEP: tl.constexpr, RESIDUAL: tl.constexpr, RING: tl.constexpr, ZEROS: tl.constexpr, TAIL: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr,
     TAIL_MATH: tl.constexpr, ASM: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr,
-    VALUE_EVEN: tl.constexpr, VALUE_ODD: tl.constexpr, SIGNED: tl.constexpr,
+    VALUE_EVEN: tl.constexpr, VALUE_ODD: tl.constexpr, SIGNED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one piece of the cache: ``WIDTH`` tiles of codes, or ``TAIL`` tokens.
+    """Attention over one piece of the cache: ``WIDTH`` tiles of codes, or tokens in full precision.
 
-    Rows are heads of a key head times queries; the pieces from ``SPLIT`` on are those in full precision.
+    Rows are heads of a key head times queries; the pieces from ``SPLIT`` on share those in full precision, ``TAIL``
+    tokens at a time.
     ``state`` int32 [3]: tokens before the ``NEW`` ones, and tokens with codes then. ``scale`` includes log2(e).
     ``part`` [pieces, B Q H, DV] float32, ``sums`` [pieces, B Q H, 2].
     """
+    if EARLY:  # the launch that adds up pieces waits for them itself
+        tl.extra.cuda.gdc_launch_dependents()
     piece, pair = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
     TILE: tl.constexpr = PER * SUB
@@ -75,10 +78,9 @@ def _attend_kernel(
     head, token = g * GROUP + rows // Q, rows % Q
     real = rows < GROUP * Q
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
-    q = tl.load(
-        query + b.to(tl.int64) * q_b + head[None, :] * q_h + token[None, :] * q_n + d[:, None],
-        mask=real[None, :] & (d < D)[:, None], other=0.0,
-    )  # fmt: skip
+    q_at = query + b.to(tl.int64) * q_b + head[None, :] * q_h + token[None, :] * q_n + d[:, None]
+    # Loaded in each branch: shared memory that the other branch needs would leave fewer programs on a multiprocessor.
+    q_real = real[None, :] & (d < D)[:, None]
     mask += b.to(tl.int64) * m_b
     pair_at = pair.to(tl.int64)
     if piece < SPLIT:
@@ -99,7 +101,7 @@ def _attend_kernel(
                     high = tl.maximum(high, tl.max(tl.where(seen, at + 1, 0)))
                     count += tl.sum(seen.to(tl.int32))
             mask_end = tl.where(count < (high - low) * Q, high, 0)  # without holes, nothing more is read of it
-        wide = q.to(tl.float32)
+        wide = tl.load(q_at, mask=q_real, other=0.0).to(tl.float32)
         largest = tl.max(tl.abs(wide), axis=0)
         largest = tl.where(largest == 0.0, 1.0, largest)
         if PER_TOKEN:
@@ -136,11 +138,11 @@ def _attend_kernel(
             group = tile * TILE // KGROUP
             q0, r0 = group_query(qs, over_range, row_scale, code_scale, scales, zeros, group, d, SUB, DP, OFFSET,
                                  PER_TOKEN, ZEROS)  # fmt: skip
-            s0, c0 = sub_scores(k, 0, EVEN, VALUE_EVEN, tile, q0, r0, row_scale, code_scale, scales,
+            s0, c0, x0 = sub_scores(k, 0, EVEN, VALUE_EVEN, 0.0, tile, q0, r0, row_scale, code_scale, scales,
                                 zeros, v_scales, mask, first_row, low, high, end, token, real, softcap, m_n,
                                 mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK,
                                 HAS_CAP, MATH, ASM)  # fmt: skip
-            s1, c1 = sub_scores(k, 1, ODD, VALUE_ODD, tile, q0, r0, row_scale, code_scale, scales,
+            s1, c1, _ = sub_scores(k, 1, ODD, VALUE_ODD, x0, tile, q0, r0, row_scale, code_scale, scales,
                                 zeros, v_scales, mask, first_row, low, high, end, token, real, softcap, m_n,
                                 mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK,
                                 HAS_CAP, MATH, ASM)  # fmt: skip
@@ -150,11 +152,11 @@ def _attend_kernel(
                 if KGROUP < TILE and not PER_TOKEN:
                     q2, r2 = group_query(qs, over_range, row_scale, code_scale, scales, zeros, group + 1, d, SUB, DP,
                                          OFFSET, PER_TOKEN, ZEROS)  # fmt: skip
-                s2, c2 = sub_scores(k, 2, EVEN, VALUE_EVEN, tile, q2, r2, row_scale, code_scale, scales,
+                s2, c2, x2 = sub_scores(k, 2, EVEN, VALUE_EVEN, 0.0, tile, q2, r2, row_scale, code_scale, scales,
                                     zeros, v_scales, mask, first_row, low, high, end, token, real, softcap, m_n,
                                     mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK,
                                     HAS_CAP, MATH, ASM)  # fmt: skip
-                s3, c3 = sub_scores(k, 3, ODD, VALUE_ODD, tile, q2, r2, row_scale, code_scale, scales,
+                s3, c3, _ = sub_scores(k, 3, ODD, VALUE_ODD, x2, tile, q2, r2, row_scale, code_scale, scales,
                                     zeros, v_scales, mask, first_row, low, high, end, token, real, softcap, m_n,
                                     mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK,
                                     HAS_CAP, MATH, ASM)  # fmt: skip
@@ -168,17 +170,18 @@ def _attend_kernel(
             acc, total, code_sum = acc * shrink, total * shrink, code_sum * shrink
             if ZEROS:
                 zero_sum *= shrink
-            acc, total, zero_sum, code_sum = add_values(v, 0, VALUE_EVEN, s0, c0, z0, finite, acc, total,
-                                                        zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
-                                                        MATH, ASM)  # fmt: skip
-            acc, total, zero_sum, code_sum = add_values(v, 1, VALUE_ODD, s1, c1, z1, finite, acc, total,
-                                                        zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
-                                                        MATH, ASM)  # fmt: skip
             if PER == 4:
-                acc, total, zero_sum, code_sum = add_values(v, 2, VALUE_EVEN, s2, c2, z2, finite, acc, total,
+                acc, total, zero_sum, code_sum = add_pairs(v, 0, VALUE_EVEN, VALUE_ODD, s0, s1, c0, c1, z0, z1, finite,
+                                                           acc, total, zero_sum, code_sum, SUB, BITS, FLOAT8, ZEROS,
+                                                           MATH, ASM)  # fmt: skip
+                acc, total, zero_sum, code_sum = add_pairs(v, 2, VALUE_EVEN, VALUE_ODD, s2, s3, c2, c3, z2, z3, finite,
+                                                           acc, total, zero_sum, code_sum, SUB, BITS, FLOAT8, ZEROS,
+                                                           MATH, ASM)  # fmt: skip
+            else:
+                acc, total, zero_sum, code_sum = add_values(v, 0, VALUE_EVEN, s0, c0, z0, finite, acc, total,
                                                             zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
                                                             MATH, ASM)  # fmt: skip
-                acc, total, zero_sum, code_sum = add_values(v, 3, VALUE_ODD, s3, c3, z3, finite, acc, total,
+                acc, total, zero_sum, code_sum = add_values(v, 1, VALUE_ODD, s1, c1, z1, finite, acc, total,
                                                             zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
                                                             MATH, ASM)  # fmt: skip
             base = new_base
@@ -189,34 +192,42 @@ def _attend_kernel(
             acc += tl.sum(zero_sum, axis=0)[None, :]
         _write(part, sums, acc, tl.sum(total, axis=0), base, piece, b, g, token, head, real, dv, G, H, DV, Q)
     else:
-        plain = q.to(tl.float32) if TAIL_MATH == FP32 else q
-        t = coded + (piece - SPLIT) * TAIL + tl.arange(0, TAIL)
-        allowed = (t < tokens)[:, None] & real[None, :]
-        if HAS_MASK:
-            allowed &= tl.load(mask + token[None, :] * m_n + t[:, None], mask=allowed, other=0) != 0
-        slot = t % RING
-        key = tl.load(
-            tail_keys + pair_at * RING * D + slot[:, None] * D + d[None, :],
-            mask=(t < tokens)[:, None] & (d < D)[None, :], other=0.0,
-        )  # fmt: skip
-        # A value that nobody may see is not multiplied: it may be NaN.
-        seen = tl.max(allowed.to(tl.int32), axis=1) != 0
-        value = tl.load(
-            tail_values + pair_at * RING * DV + slot[None, :] * DV + dv[:, None],
-            mask=seen[None, :] & (dv < DV)[:, None], other=0.0,
-        )  # fmt: skip
+        q = tl.load(q_at, mask=q_real, other=0.0)
         if TAIL_MATH == FP32:
-            key, value = key.to(tl.float32), value.to(tl.float32)
-        s = capped(tl.dot(key, plain, input_precision="ieee") * scale, softcap, HAS_CAP)
-        s = tl.where(allowed, s, NO_SCORE)
-        top = tl.max(s, axis=0)
-        sink = tl.full((ROWS,), float("-inf"), tl.float32)
+            q = q.to(tl.float32)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        weight = tl.zeros((ROWS,), tl.float32)
         if HAS_SINKS:  # noqa: SIM102 - known when the kernel is compiled, unlike the piece
             if piece == SPLIT:
-                sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
-                top = tl.maximum(top, sink)
-        finite = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(s - finite[None, :])
-        weight = tl.sum(p, axis=0) + tl.exp2(sink - finite)
-        acc = tl.dot(value, p.to(value.dtype), input_precision="ieee")
+                top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+                weight = tl.full((ROWS,), 1.0, tl.float32)
+        acc = tl.zeros((DVP, ROWS), tl.float32)
+        step = (tl.num_programs(0) - SPLIT) * TAIL
+        for start in tl.range(coded + (piece - SPLIT) * TAIL, tokens, step, num_stages=1):
+            t = start + tl.arange(0, TAIL)
+            allowed = (t < tokens)[:, None] & real[None, :]
+            if HAS_MASK:
+                allowed &= tl.load(mask + token[None, :] * m_n + t[:, None], mask=allowed, other=0) != 0
+            slot = t % RING
+            key = tl.load(
+                tail_keys + pair_at * RING * D + slot[:, None] * D + d[None, :],
+                mask=(t < tokens)[:, None] & (d < D)[None, :], other=0.0,
+            )  # fmt: skip
+            # A value that nobody may see is not multiplied: it may be NaN.
+            seen = tl.max(allowed.to(tl.int32), axis=1) != 0
+            value = tl.load(
+                tail_values + pair_at * RING * DV + slot[None, :] * DV + dv[:, None],
+                mask=seen[None, :] & (dv < DV)[:, None], other=0.0,
+            )  # fmt: skip
+            if TAIL_MATH == FP32:
+                key, value = key.to(tl.float32), value.to(tl.float32)
+            s = capped(tl.dot(key, q, input_precision="ieee") * scale, softcap, HAS_CAP)
+            s = tl.where(allowed, s, NO_SCORE)
+            new_top = tl.maximum(top, tl.max(s, axis=0))
+            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(s - finite[None, :])
+            shrink = tl.exp2(top - finite)
+            weight = weight * shrink + tl.sum(p, axis=0)
+            acc = tl.dot(value, p.to(value.dtype), acc * shrink[None, :], input_precision="ieee")
+            top = new_top
         _write(part, sums, acc, weight, top, piece, b, g, token, head, real, dv, G, H, DV, Q)

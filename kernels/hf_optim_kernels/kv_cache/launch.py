@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -10,28 +11,45 @@ from torch import Tensor
 
 from ..common.compute_type import FP16, FP32, compute_constants
 from ..common.launch import is_aligned, launch
-from ..decode_attention.launch import combine
+from ..decode_attention.launch import combine, early
 from .append_kernel import _append_kernel
 from .format import Format, Store, padded
 from .kernel import _attend_kernel
 from .numbers import BITS_ASM, CONVERTING, PLAIN, units
 
-# Programs of one warp for each multiprocessor: several times what it runs at once, so that none waits for the last.
-RESIDENT = 64
+# Programs of one warp that a multiprocessor runs at once, by bits (as their registers and shared memory allow).
+RESIDENT = {8: 10, 4: 9}
 # Tiles whose loads are under way.
 STAGES = 3
-# Tokens in full precision of a program, for heads of 128; the interpreter takes as long for any number.
-TAIL, INTERPRETED_TAIL = 32, 128
-# The least tokens of a piece, and the most pieces of a cache.
+# Tokens in full precision that a program reads at once, for heads of 128; the interpreter takes as long for any number.
+TAIL, INTERPRETED_TAIL = 16, 128
+# The least terms of a sum that a tensor core takes: weights times values are summed over the tokens of a block.
+LEAST_TAIL = 16
+# Programs that share the tokens in full precision of a key head.
+TAILS = 1
+# The least tokens of a piece, and the most pieces of a cache, those in full precision included.
 LEAST_TOKENS, MOST_PIECES = 256, 256
+# What the number of pieces is chosen by, in the time that a program takes for a token: what a program needs besides,
+# and what a piece of one key head adds to the sum of pieces (measured on an H200).
+STARTUP, SUM = 24.0, 1 / 64
 
 
-def pieces(pairs: int, tiles: int, tile: int, processors: int) -> int:
-    """Return the pieces to cut ``tiles`` tiles of ``tile`` tokens into.
+@lru_cache(maxsize=256)
+def pieces(pairs: int, tokens: int, slots: int) -> int:
+    """Return the pieces to cut ``tokens`` with codes into: rounds of programs that are full, and not many sums.
 
-    ``pairs`` is the number of batch rows times key heads, each of which has its own programs.
+    Args:
+        pairs: batch rows times key heads, each of which has its own programs.
+        tokens: that fit into the cache.
+        slots: programs that run at once on the device.
     """
-    return max(1, min(RESIDENT * processors // pairs, tiles * tile // LEAST_TOKENS, MOST_PIECES))
+    most = max(1, min(tokens // LEAST_TOKENS, MOST_PIECES) - TAILS)
+
+    def time(split: int) -> float:
+        rounds = -(-pairs * (split + TAILS) // slots)
+        return rounds * (STARTUP + tokens / split) + SUM * pairs * split
+
+    return min(range(1, most + 1), key=time)
 
 
 def _processors(device: torch.device) -> int:
@@ -41,6 +59,11 @@ def _processors(device: torch.device) -> int:
 def _converts(device: torch.device) -> bool:
     """Return True if a device converts float8 numbers itself."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def tail_block(most: int, dp: int, dvp: int) -> int:
+    """Return the tokens in full precision to read at once: of ``most``, as many bytes as with heads of 128."""
+    return max(LEAST_TAIL, most * 128 // max(128, dp, dvp))
 
 
 def attend(
@@ -58,11 +81,14 @@ def attend(
     dp, dvp = padded(D), padded(DV)
     # By the room of the store: only the device knows how many tokens it has.
     tiles = store.key_words.shape[2]
-    split = pieces(B * G, tiles, fmt.tile, _processors(query.device))
+    # A warp has the sums of 8 rows of 128 channels in its registers.
+    warps = min(4, max(1, rows * max(dp, dvp) // 1024)) if query.dtype != torch.float32 else 4
+    resident = max(1, RESIDENT[fmt.bits] // warps)
+    split = pieces(B * G, tiles * fmt.tile, resident * _processors(query.device))
     width = triton.cdiv(tiles, split)
     split = triton.cdiv(tiles, width)
-    tail = (TAIL if query.is_cuda else INTERPRETED_TAIL) * 128 // max(128, dp, dvp)
-    count = split + triton.cdiv(fmt.ring, tail)
+    tail = tail_block(TAIL if query.is_cuda else INTERPRETED_TAIL, dp, dvp)
+    count = split + TAILS
     size = B * Q * H
     part = torch.empty((count, size, DV), dtype=torch.float32, device=query.device)
     sums = torch.empty((count, size, 2), dtype=torch.float32, device=query.device)
@@ -81,7 +107,7 @@ def attend(
         "RESIDUAL": fmt.residual, "RING": fmt.ring, "ZEROS": not fmt.symmetric, "TAIL": tail,
         "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
         "MATH": (FP16 if half else FP32).value, "TAIL_MATH": own["MATH"], "ASM": asm, "EVEN": even, "ODD": odd,
-        "VALUE_EVEN": value_even, "VALUE_ODD": value_odd, "SIGNED": signed,
+        "VALUE_EVEN": value_even, "VALUE_ODD": value_odd, "SIGNED": signed, "EARLY": early(query),
     }  # fmt: skip
     log2e = math.log2(math.e)
     given = (
@@ -90,8 +116,6 @@ def attend(
     fixed = (H, G, D, DV)
     strides = query.stride()[:3]
     numbers = (*fixed, longest, tiles, width, split, new, *strides, m_b, m_n)
-    # A warp has the sums of 8 rows of 128 channels in its registers.
-    warps = min(4, max(1, rows * max(dp, dvp) // 1024)) if half else 4
     key = (
         *(t.dtype for t in given), *(is_aligned(t) for t in given), fixed, strides,
         *constants.values(), warps, STAGES,

@@ -1,7 +1,9 @@
 """Decode one code of each int16 word inside a Triton kernel, two words of a register at once.
 
 A code of up to eight bits in the low bits of a float16 number is that number, a subnormal one: ``code * 2^-24``, which
-tensor cores multiply exactly. So masking two words is all there is to it; a high half byte stands for ``code * 2^-20``.
+tensor cores multiply exactly. So masking two words is all there is to it. Of two codes of four bits in a byte, the even
+place is masked alone, and the odd one with it: ``even + 16 odd``, from whose sums those of the even place are
+subtracted, takes no shift.
 ``0x6400 | code`` is ``1024 + code``, from which an exact subtraction makes a signed code. The bits of float8 e4m3,
 shifted by seven, are those of a float16 number 256 times smaller, subnormal numbers included; GPUs from compute
 capability 8.9 on convert two at once.
@@ -19,10 +21,12 @@ PLAIN, BITS_ASM, CONVERTING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def _nibble(place: int) -> str:
-    mask = "0x00F000F0" if place % 2 else "0x000F000F"
+    mask = "0x00FF00FF" if place % 2 else "0x000F000F"
     if place < 2:
         return f"and.b32 $0, $1, {mask};"
-    return f"{{ .reg .b32 t; shr.u32 t, $1, 8; and.b32 $0, t, {mask}; }}"
+    if place % 2:
+        return "prmt.b32 $0, $1, 0, 0x4341;"
+    return f"{{ .reg .b32 t; prmt.b32 t, $1, 0, 0x4341; and.b32 $0, t, {mask}; }}"
 
 
 def _signed(place: int) -> str:
@@ -72,13 +76,13 @@ def _run(words, text: tl.constexpr):
 def units(bits: int, float8: bool, signed: bool, half: bool, asm: int) -> tuple[float, float]:
     """Return what the ``numbers`` of even and of odd places are multiplied by to be codes.
 
-    ``half``: they are float16; ``asm``: a value of ASM.
+    Of four bits, numbers of an odd place are less those of the even one before. ``half``: they are float16; ``asm``: a
+    value of ASM.
     """
-    if signed or not half or (float8 and asm == CONVERTING.value):
-        return 1.0, 1.0
-    if float8:
+    if float8 and half and asm != CONVERTING.value:
         return 256.0, 256.0
-    return 2.0**24, 2.0**20 if bits == 4 else 2.0**24
+    even = 1.0 if signed or float8 or not half else 2.0**24
+    return even, even / 16 if bits == 4 else even
 
 
 @triton.jit
@@ -86,6 +90,7 @@ def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr
             UNIT: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """Return the codes at a place of int16 words over its ``UNIT``, as float16 (float32 unless MATH is FP16).
 
+    Of four bits, an odd place has 16 times its code plus that of the place before, over the ``UNIT`` of that.
     With ``SIGNED``, of 8 bits only, less their offset. Without ``ASM``, plain arithmetic yields the same numbers.
     """
     if ASM == CONVERTING and FLOAT8:
@@ -118,7 +123,10 @@ def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr
         else:
             out = _run(words, BYTE_1)
     else:
-        code = (words.to(tl.int32) >> (PLACE * BITS)) & ((1 << BITS) - 1)
+        if BITS == 4 and PLACE % 2 == 1:
+            code = (words.to(tl.int32) >> ((PLACE - 1) * BITS)) & 255
+        else:
+            code = (words.to(tl.int32) >> (PLACE * BITS)) & ((1 << BITS) - 1)
         if FLOAT8:
             out = (((code & 128) << 8) | ((code & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
             if MATH != FP16:
@@ -126,7 +134,8 @@ def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr
         else:
             if SIGNED:
                 code -= 1 << (BITS - 1)
-            out = code.to(tl.float32) * (1.0 / UNIT)
+            PLACE_UNIT: tl.constexpr = UNIT * 16 if BITS == 4 and PLACE % 2 == 1 else UNIT
+            out = code.to(tl.float32) * (1.0 / PLACE_UNIT)
             if MATH == FP16:
                 out = out.to(tl.float16)
     return out

@@ -48,20 +48,23 @@ def group_query(
 
 @triton.jit
 def sub_scores(
-    words, PLACE: tl.constexpr, UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, tile, q, rest, row_scale, code_scale,
-    scales, zeros, value_scale, mask, first_row, low, high, end, token, real, softcap, m_n, mask_end,
+    words, PLACE: tl.constexpr, UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, before, tile, q, rest, row_scale,
+    code_scale, scales, zeros, value_scale, mask, first_row, low, high, end, token, real, softcap, m_n, mask_end,
     OFFSET: tl.constexpr, Q: tl.constexpr, SUB: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr,
     FLOAT8: tl.constexpr, PER_TOKEN: tl.constexpr, ZEROS: tl.constexpr, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_CAP: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Return scores plus log2 of the values' scales [SUB, ROWS], -inf where masked, and those scales [SUB].
+    """Return scores plus log2 of the values' scales [SUB, ROWS], -inf where masked, those scales [SUB], and products.
 
-    Both scales are those of what ``numbers`` returns.
+    Both scales are those of what ``numbers`` returns. ``before``: products of the place before, which those of an odd
+    place of four bits contain.
     """
     k = numbers(words, PLACE, BITS, FLOAT8, False, UNIT, MATH, ASM)
     t = (tile * PER + PLACE) * SUB + first_row
     inside = t < end
     raw = tl.dot(k, q, input_precision="ieee")
+    if BITS == 4 and PLACE % 2 == 1:
+        raw -= before
     if PER_TOKEN:
         scale = tl.load(scales + t) if WHOLE else tl.load(scales + t, mask=inside, other=0.0)
         shift = -OFFSET * scale
@@ -85,7 +88,7 @@ def sub_scores(
         s = tl.where(allowed, s, NO_SCORE)
     elif not WHOLE:
         s = tl.where(inside[:, None], s, NO_SCORE)
-    return s, v_scale
+    return s, v_scale, raw
 
 
 @triton.jit
@@ -120,3 +123,30 @@ def add_values(
         ones = tl.full((SUB, SUB), 1.0 / UNIT, v.dtype)
         code_sum = tl.dot(ones, weights, code_sum, input_precision="ieee")
     return tl.dot(v, weights, acc, input_precision="ieee"), total, zero_sum, code_sum
+
+
+@triton.jit
+def add_pairs(
+    words, PLACE: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr, s0, s1, scale0, scale1, zero0, zero1, base, acc,
+    total, zero_sum, code_sum, SUB: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr,
+    MATH: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Add the sub-blocks of an even place of four bits and of the next one, as ``add_values`` does one.
+
+    ``numbers`` of the odd place contain those of the even one, so the latter's weights are less the former's.
+    """
+    p0, p1 = power_of_2(s0 - base[None, :], ASM), power_of_2(s1 - base[None, :], ASM)
+    inverse0, inverse1 = reciprocal(scale0, ASM), reciprocal(scale1, ASM)
+    total += p0 * inverse0[:, None] + p1 * inverse1[:, None]
+    if ZEROS:
+        zero_sum += p0 * (inverse0 * zero0)[:, None] + p1 * (inverse1 * zero1)[:, None]
+    v0 = numbers(words, PLACE, BITS, FLOAT8, False, EVEN, MATH, ASM)
+    v1 = numbers(words, PLACE + 1, BITS, FLOAT8, False, ODD, MATH, ASM)
+    w0, w1 = (p0 - p1).to(v0.dtype), p1.to(v1.dtype)
+    # The sum of the weights that the codes were multiplied by, in every row.
+    ones0 = tl.full((SUB, SUB), 1.0 / EVEN, v0.dtype)
+    ones1 = tl.full((SUB, SUB), 1.0 / EVEN + 1.0 / ODD, v1.dtype)
+    code_sum = tl.dot(ones0, w0, code_sum, input_precision="ieee")
+    code_sum = tl.dot(ones1, w1, code_sum, input_precision="ieee")
+    acc = tl.dot(v0, w0, acc, input_precision="ieee")
+    return tl.dot(v1, w1, acc, input_precision="ieee"), total, zero_sum, code_sum

@@ -1,44 +1,20 @@
-"""Check, then time, everything that decoding a model needs on a GPU, beside what others offer.
+"""Time stock ``generate`` with transformers' quantized caches on a GPU, beside ours at the same length.
 
-    OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/decoding.py [PART ...] [--limit SECONDS]
+    OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/stock_caches.py
 
-Parts, each in its own process, which ends at its share of the limit:
-
-- ``generate``: captured and compiled steps beside stock transformers (``generate.py``);
-- ``kv_cache``: the quantized key/value cache, its attention and memory (``kv_cache.py``);
-- ``caches``: transformers' own quantized caches in stock ``generate``, for the libraries that are installed;
-- ``layers``: products on layers that no table knows, beside the dense product (``hf_optim_kernels.common.held_out``);
-- ``peers``: products beside gemlite, bitsandbytes and torchao, those that are installed (``hf-optim bench --peers``).
+Caches of libraries that are not installed have the reason in place of figures. ``caches.json`` in ``$OUT`` (or here) is
+written after every cache.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 OUT = Path(os.environ.get("OUT", "."))
-ROWS = ("1", "16", "64", "256", "4096")
-SHARES = {"generate": 0.35, "kv_cache": 0.25, "caches": 0.1, "layers": 0.15, "peers": 0.15}
-
-
-def command(part: str, seconds: float) -> list[str]:
-    """Return the command of a part that takes about so many seconds."""
-    python = sys.executable
-    return {
-        "generate": [python, f"{HERE}/generate.py", "--output", f"{OUT}/generate.json", "--limit", f"{seconds:.0f}"],
-        "kv_cache": [python, f"{HERE}/kv_cache.py"],
-        "caches": [python, __file__, "--caches"],
-        "layers": [python, "-m", "hf_optim_kernels.common.held_out", "--budget", f"{0.8 * seconds:.0f}"],
-        "peers": [python, "-m", "hf_optim.cli", "bench", "--op", "wna16", "w8a8", "sparse24", "llm_int8", "--peers",
-                  "--shape", "14336x4096", "--rows", *ROWS, "--time-limit", f"{seconds:.0f}", "--output", f"{OUT}/peers"],
-    }[part]  # fmt: skip
 
 
 def caches(rows: int = 1, length: int = 8000, layers: int = 8) -> dict[str, Any]:
@@ -113,32 +89,5 @@ def caches(rows: int = 1, length: int = 8000, layers: int = 8) -> dict[str, Any]
     return found
 
 
-def main() -> int:
-    """Run the parts one after the other; return 1 if one of them failed."""
-    parser = argparse.ArgumentParser(description="Check and time what decoding needs on a GPU.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(SHARES)} (all)")
-    parser.add_argument("--limit", type=float, default=1200.0, help="seconds for everything (1200)")
-    parser.add_argument("--caches", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.caches:
-        caches()
-        return 0
-    if unknown := set(args.parts) - set(SHARES):
-        parser.error(f"no part {', '.join(sorted(unknown))}; parts are {', '.join(SHARES)}")
-    parts = args.parts or list(SHARES)
-    whole = sum(SHARES[part] for part in parts)
-    failed = []
-    for part in parts:
-        seconds = args.limit * SHARES[part] / whole
-        print(f"== {part}", flush=True)
-        try:
-            if subprocess.run(command(part, seconds), timeout=1.2 * seconds).returncode:
-                failed.append(part)
-        except subprocess.TimeoutExpired:
-            failed.append(part)
-    print(f"failed or not finished: {', '.join(failed)}" if failed else "all parts finished", flush=True)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    caches()
