@@ -238,17 +238,17 @@ def test_the_operators_pass_pytorchs_own_checks(name):
     case = CASES[name]
     three, (weight, mask, gate, state) = case.tensors(torch.float32)
     inputs = [each.requires_grad_() for each in three]
-    arguments = (*inputs, weight, mask, gate, *(state or (None,) * 3), *case.settings, True)
+    arguments = (*inputs, weight, mask, gate, None, None, *(state or (None,) * 3), *case.settings, True)
     torch.library.opcheck(op._operator, arguments)
     out, tops, logs, *after = op._operator(*arguments)
-    given = [each if each is None else each.detach() for each in (out, tops, logs, *arguments[:9])]
+    given = [each if each is None else each.detach() for each in (out, tops, logs, *arguments[:11])]
     torch.library.opcheck(
         op._gradients, (torch.ones_like(out), *given, *case.settings), test_utils=("test_schema", "test_faketensor")
     )
     token = [each.detach()[:, :, :1] for each in three]
     gate = gate if gate is None else gate[:, :, :1]
     torch.library.opcheck(
-        op._step, (*token, weight, gate, *after, *case.settings), test_utils=("test_schema", "test_faketensor")
+        op._step, (*token, weight, gate, None, *after, *case.settings), test_utils=("test_schema", "test_faketensor")
     )
 
 

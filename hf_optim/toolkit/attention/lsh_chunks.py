@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .lsh_cuts import LshCut, beside, sorted_rounds
 from .lsh_flash import HIDDEN, SELF, flash_rounds, has_flash
-from .lsh_kernel import bucket_kernel, kernel_chunks
+from .lsh_kernel import bucket_kernel, kernel_chunks, order_by_kernel, rounds_by_kernel
 from .lsh_places import (
     BUCKET,
     NOWHERE,
@@ -73,7 +73,7 @@ def lsh_attention(
     Args:
         query: ``[R, H, n, D]``; keys are made of them.
         value: ``[R, G, n, E]``, G a divisor of H.
-        buckets: int64 ``[R, H, rounds, n]`` of ``hash_vectors``.
+        buckets: int16 or int64 ``[R, H, rounds, n]`` of ``hash_vectors``.
         scheme: says which pairs are computed.
         causal: a token sees no later ones.
         lengths: int64 ``[R]``: tokens of each row, padding behind them; None: all n.
@@ -86,6 +86,11 @@ def lsh_attention(
     if count <= scheme.chunk:
         return full_shared_attention(query, value, lengths, causal, dropout)
     buckets = with_padding(buckets, lengths, scheme, causal)
+    if scheme.counts_once:
+        made = rounds_by_kernel(query, value, buckets, scheme, causal, lengths is not None, dropout)
+        if made is not None:
+            return made
+    buckets = buckets.long()
     value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     if scheme.counts_once:
         out = _round_by_round(query, value, buckets, scheme, causal, dropout)
@@ -103,13 +108,6 @@ def _round_by_round(
     query: Tensor, value: Tensor, buckets: Tensor, scheme: LshScheme, causal: bool, dropout: float
 ) -> Tensor:
     """Compute schemes in which a key counts once: in the first of the rounds that find it."""
-    kernel = bucket_kernel(query, value, scheme, dropout)
-    if kernel is not None:
-        order = sorted_tokens(buckets[:, :, 0])
-        padding = buckets[:, :, 0].gather(-1, order) >= scheme.buckets
-        cut = LshCut(order, scheme.chunk)
-        q, v, at = cut.take(query), cut.take(value), cut.split(order.masked_fill(padding, -1), -1)
-        return cut.put(kernel_chunks(kernel, q, unit_keys(q), v, at, scheme, causal)[0])
     if not dropout and has_flash(query, value):
         return flash_rounds(query, unit_keys(query), value, buckets, scheme, causal)
     outs, sums, sides = [], [], scheme.beside(causal)
@@ -129,20 +127,22 @@ def _rounds_in_a_ring(
 
     ``whole`` says that all rows have as many tokens as there are places, so that their rings are alike.
     """
-    cuts, parts = [], []
-    for r in range(scheme.rounds):
-        order = sorted_tokens(buckets[:, :, r])
-        cut = LshCut(order, scheme.chunk)
-        code = codes_in_order(buckets[:, :, r].gather(-1, order), scheme)
-        at = cut.split(order.masked_fill(code == NOWHERE, -1), -1)
-        cuts.append(cut)
-        parts.append((cut.take(query), cut.take(value), at))
-    q, v, at = (torch.cat(each, 2) for each in zip(*parts, strict=True))
     kernel = bucket_kernel(query, value, scheme, dropout) if whole else None
+    orders = None if kernel is None else order_by_kernel(buckets, scheme)
+    cuts, parts, keys = [], [], unit_keys(query)
+    for r in range(scheme.rounds):
+        order = sorted_tokens(buckets[:, :, r]) if orders is None else orders[:, :, r]
+        cut = LshCut(order, scheme.chunk)
+        if not whole:
+            code = codes_in_order(buckets[:, :, r].gather(-1, order), scheme)
+            order = order.masked_fill(code == NOWHERE, -1)
+        cuts.append(cut)
+        parts.append((cut.take(query), cut.take(keys), cut.take(value), cut.split(order, -1)))
+    q, k, v, at = (torch.cat(each, 2) for each in zip(*parts, strict=True))
     if kernel is not None:
-        return _put(cuts, *kernel_chunks(kernel, q, unit_keys(q), v, at, scheme, causal))
+        return _put(cuts, *kernel_chunks(kernel, q, k, v, at, scheme, causal))
     ring = _neighbours(chunks_of_rows(lengths, scheme), scheme, q.shape[2])
-    keys, values, places = (_ring_of(part, ring) for part in (unit_keys(q), v, at))
+    keys, values, places = (_ring_of(part, ring) for part in (k, v, at))
     own = at[..., :, None] == places[..., None, :]
     seen = (places >= 0)[..., None, :].expand_as(own)
     if causal:

@@ -15,6 +15,7 @@ from ..modules import recall
 from .learned import LearnedAttachment, attentions
 from .lsh_chunks import attention_behind, lsh_attention, unit_keys
 from .lsh_hashing import columns_of, draw_rotations, hash_vectors
+from .lsh_kernel import buckets_by_kernel
 from .lsh_places import BUCKET, LshScheme, codes_of, with_padding
 from .row_state import Call, TensorState
 
@@ -48,7 +49,8 @@ class LshPart(nn.Module):
         rotations = self.rotations
         if self.training and self.scheme.redraw:
             rotations = self._drawn(int(torch.randint(2**62, (), device="cpu"))).to(query.device)
-        return hash_vectors(query, rotations, self.scheme.factors).short()
+        found = buckets_by_kernel(query, rotations, self.scheme.factors)
+        return hash_vectors(query, rotations, self.scheme.factors).short() if found is None else found
 
 
 class LshAttachment(LearnedAttachment):
@@ -68,11 +70,11 @@ class LshAttachment(LearnedAttachment):
         scheme: LshScheme = part.scheme
         if call.causal and scheme.after:
             raise ValueError("a causal model sees no chunk behind a token: set after to 0")
-        buckets = recall(lambda: part.buckets(call.query)).long()
+        buckets = recall(lambda: part.buckets(call.query))
         if call.state is None:
             out = lsh_attention(call.query, call.value, buckets, scheme, call.causal, call.lengths, call.dropout)
-            return out, held_after(None, call, buckets, scheme) if call.keeps else None
-        state = held_after(call.state, call, buckets, scheme)
+            return out, held_after(None, call, buckets.long(), scheme) if call.keeps else None
+        state = held_after(call.state, call, buckets.long(), scheme)
         codes = state["codes"] if scheme.scheme == BUCKET else codes_of(state["codes"].long(), scheme)
         at = state["places"][:, -call.query.shape[2] :].long()
         out = attention_behind(

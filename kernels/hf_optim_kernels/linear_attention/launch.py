@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..common.compute_type import BF16, FP16, compute_constants
 from ..common.launch import is_aligned, launch
-from .backward_kernel import _gate_kernel, _key_kernel, _query_kernel
+from .backward_kernel import _gate_kernel, _query_kernel
+from .key_kernel import _key_kernel
 from .naive import LEAST, TRIG, Settings, State, state_heads
 from .output_kernel import _output_kernel
 from .state_kernel import _keys_kernel, _queries_kernel, _scan_kernel
@@ -60,7 +61,6 @@ class Call:
         self.factors = (root * unit, settings.scale / 2 * unit, settings.eps, 1 / math.sqrt(self.m))
         self.slopes = (root, settings.scale)
         self.floor = settings.floor if self.trig else LEAST
-        self.log_floor = math.log2(self.floor) if self.trig else math.inf
 
     def chunks(self, tokens: int) -> int:
         """Return the chunks of ``tokens``."""
@@ -85,11 +85,12 @@ class Call:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, settings: Settings, mask: Tensor | None,
     log_gate: Tensor | None, state: State | None, exact: bool = False, given: Tiles | None = None,
+    amounts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, State]:  # fmt: skip
     """Return ``naive.linear_attention``: out with the strides of ``[B, N, H, Dv]``, and the state.
 
     Between them, float32 ``[B, H, N]`` for the backward: the largest exponent of each query, and the logarithm to base
-    2 of its denominator, ``inf`` where that was replaced.
+    2 of its denominator, ``inf`` where that was replaced. Of kind trig the former is 1 where it was, else 0.
 
     Args:
         exact: sums of chunks are kept in float32, so that the state is not rounded.
@@ -102,12 +103,13 @@ def forward(
     tops_k, parts, sums, starts, last = _states(call, state, exact)
     held = (parts, sums, starts) if settings.causal else last
     tensors = (
-        query, key, value, weight, _or(call.mask, query), _or(call.gate, query), tops_k, *held, out, tops, logs,
+        query, key, value, weight, _or(call.mask, query), _or(call.gate, query), _or(amounts, logs), tops_k, *held,
+        out, tops, logs,
     )  # fmt: skip
     numbers = (*call.sizes(call.N), *_strides(query, key, value, out))
     call.run(
         _output_kernel, call.B * call.H * call.chunks(call.N), tensors, (*call.factors, call.floor), numbers,
-        CAUSAL=settings.causal,
+        CAUSAL=settings.causal, HAS_AMOUNTS=amounts is not None,
     )  # fmt: skip
     return out, tops, logs, last
 
@@ -158,9 +160,13 @@ def _scan(
 def backward(
     grad_out: Tensor, out: Tensor, tops: Tensor, logs: Tensor, query: Tensor, key: Tensor, value: Tensor,
     weight: Tensor, settings: Settings, mask: Tensor | None, log_gate: Tensor | None, state: State | None,
-    given: Tiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return ``naive.gradients``; ``out``, ``tops`` and ``logs`` are those of ``forward``."""
+    given: Tiles | None = None, columns: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return ``naive.gradients``; ``out``, ``tops`` and ``logs`` are those of ``forward``.
+
+    Args:
+        columns: return also the gradients of the logarithms of what the columns of W are multiplied with, ``[P, D]``.
+    """
     chosen = given or _tiles(BACKWARD, query, value, weight, settings)
     call = Call(query, key, value, weight, settings, mask, log_gate, chosen)
     causal, pairs = settings.causal, call.B * call.P
@@ -175,27 +181,30 @@ def backward(
         later_sums, references, decays,
     )  # fmt: skip
     numbers = (*call.sizes(call.N), *_strides(query, grad_out, out))
-    call.run(_queries_kernel, pairs * T, tensors, (*call.factors, call.log_floor), numbers, **masked)
+    call.run(_queries_kernel, pairs * T, tensors, call.factors, numbers, **masked)
     ends, after = _scan(call, later, later_sums, references, decays, None, True, causal, True)
 
     grad_query = query.new_empty(query.shape)
     flows_q = call.empty(call.B, call.H, call.N) if call.gate is not None else logs
-    floats = (*call.factors, call.log_floor, *call.slopes)
+    floats = (*call.factors, *call.slopes)
+    by_queries = call.empty(call.B, call.H, T, call.D) if columns else logs
+    by_keys = call.empty(call.B, call.P, call.chunks(call.M), call.D) if columns else logs
     shared = (
         query, key, value, weight, _or(call.mask, query), _or(call.gate, query), tops_k, tops, logs, delta, grad_out,
     )  # fmt: skip
     strides = _strides(query, key, value, grad_out)
     call.run(
-        _query_kernel, call.B * call.H * T, (*shared, *held, grad_query, flows_q), floats,
-        (*call.sizes(call.N), *strides, *_strides(grad_query)), CAUSAL=causal,
+        _query_kernel, call.B * call.H * T, (*shared, *held, grad_query, flows_q, by_queries), floats,
+        (*call.sizes(call.N), *strides, *_strides(grad_query)), CAUSAL=causal, HAS_COLUMNS=columns,
     )  # fmt: skip
     grad_key = key.new_empty((call.B, call.P, call.M, call.D))
     grad_value = value.new_empty((call.B, call.P, call.M, call.DV))
     flows_k = call.empty(call.B, call.P, call.M) if call.gate is not None else logs
     held_k = (later, later_sums, ends) if causal else after
     call.run(
-        _key_kernel, pairs * call.chunks(call.M), (*shared, *held_k, grad_key, grad_value, flows_k), floats,
-        (*call.sizes(call.M), *strides, *_strides(grad_key, grad_value)), CAUSAL=causal,
+        _key_kernel, pairs * call.chunks(call.M), (*shared, *held_k, grad_key, grad_value, flows_k, by_keys),
+        floats, (*call.sizes(call.M), *strides, *_strides(grad_key, grad_value)), CAUSAL=causal, HAS_COLUMNS=columns,
+        SINGLE=call.m <= chosen.features,
     )  # fmt: skip
     grad_gate = None
     if call.gate is not None:
@@ -208,12 +217,16 @@ def backward(
         _start(_gate_kernel, (pairs * T, 1, 1), given_gates, (), numbers, constants, 4, 1)
     if call.P != call.G:
         grad_key, grad_value = (each.unflatten(1, (call.G, -1)).sum(2) for each in (grad_key, grad_value))
-    return grad_query, grad_key, grad_value, grad_gate
+    grad_columns = None
+    if columns:
+        grad_columns = by_keys.sum((0, 2)) + by_queries.sum((0, 2)).unflatten(0, (call.P, -1)).sum(1)
+    return grad_query, grad_key, grad_value, grad_gate, grad_columns
 
 
 def step(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, settings: Settings, log_gate: Tensor | None, state: State
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, settings: Settings, log_gate: Tensor | None,
+    state: State, amounts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return ``naive.step``: one launch, which also brings the state up to date."""
     (B, H, _, D), G, DV, m = query.shape, key.shape[1], value.shape[3], weight.shape[1]
     P, trig = state.state.shape[1], settings.kind == TRIG
@@ -229,9 +242,9 @@ def step(
     )  # fmt: skip
     constants = {
         "ROWS": rows, "BLOCK_F": min(largest, triton.next_power_of_2(m)), "BLOCK_D": block_d, "BLOCK_DV": block_dv,
-        "TRIG": trig, "NORMED": settings.eps >= 0, "HAS_GATE": log_gate is not None,
+        "TRIG": trig, "NORMED": settings.eps >= 0, "HAS_GATE": log_gate is not None, "HAS_AMOUNTS": amounts is not None,
     }  # fmt: skip
-    tensors = (query, key, value, weight, _or(log_gate, query), *state, out)
+    tensors = (query, key, value, weight, _or(log_gate, query), _or(amounts, query), *state, out)
     _start(_step_kernel, (B * P, 1, 1), tensors, floats, numbers, constants, 8, 1)
     return out
 

@@ -85,6 +85,8 @@ def linear_attention(
     mask: Tensor | None = None,
     log_gate: Tensor | None = None,
     state: State | None = None,
+    amounts: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Return linear attention and the state after the last key. Sums are float32, or float64 if the query is.
 
@@ -99,22 +101,53 @@ def linear_attention(
         log_gate: ``[B, P, M]``, at most 0: the logarithm of ``g`` in ``S_j = g_j S_{j-1} + (1 - g_j) phi(k_j) v_j^T``
             and in the same for z (Peng et al. 2021, equation 7). Causal only.
         state: what was seen before the first key.
+        amounts: ``[B, P, N]``: what the floor of denominators of kind trig is multiplied with for each query.
+        columns: ``[L, D]``: what the columns of W are multiplied with; kind trig.
 
     Returns:
         out ``[B, H, N, Dv]`` in the dtype of the query, zeros for a query that sees nothing; and the state.
     """
+    parts = _parts(query, key, value, with_columns(weight, columns), settings, mask, log_gate, state)
+    numerator, denominator = _quotient(parts, state)
+    if settings.kind == TRIG:
+        out = numerator / torch.maximum(denominator, least_of(denominator, settings, amounts))[..., None]
+    else:
+        some = denominator > LEAST
+        out = torch.where(some[..., None], numerator / torch.where(some, denominator, 1.0)[..., None], 0.0)
+    return out.to(query.dtype), _after(parts, state, settings)
+
+
+def with_columns(weight: Tensor, columns: Tensor | None) -> Tensor:
+    """Return W with its columns multiplied, in float32 or wider."""
+    return weight if columns is None else weight * columns.to(torch.promote_types(weight.dtype, torch.float32))[:, None]
+
+
+def least_of(denominator: Tensor, settings: Settings, amounts: Tensor | None) -> Tensor:
+    """Return the smallest denominators of kind trig, as ``[B, H, N]``."""
+    least = torch.full_like(denominator, settings.floor)
+    if amounts is None:
+        return least
+    return least * amounts.to(least).repeat_interleave(denominator.shape[1] // amounts.shape[1], 1)
+
+
+def replaced(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, settings: Settings, mask: Tensor | None,
+    log_gate: Tensor | None, state: State | None, amounts: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return 1 where the denominator of a query of kind trig is the smallest one, else 0: ``[B, H, N]``."""
     parts = _parts(query, key, value, weight, settings, mask, log_gate, state)
+    _, denominator = _quotient(parts, state)
+    return (denominator <= least_of(denominator, settings, amounts)).to(denominator.dtype)
+
+
+def _quotient(parts: _Parts, state: State | None) -> tuple[Tensor, Tensor]:
+    """Return the sums of values ``[B, H, N, Dv]`` and of weights ``[B, H, N]`` of each query."""
     numerator = parts.weights @ parts.values
     denominator = parts.weights.sum(-1)
     if state is not None:
         numerator = numerator + parts.before[..., None] * (parts.queries @ parts.repeat(state.state))
         denominator = denominator + parts.before * (parts.queries * parts.repeat(state.sums)[:, :, None]).sum(-1)
-    if settings.kind == TRIG:
-        out = numerator / denominator.clamp(min=settings.floor)[..., None]
-    else:
-        some = denominator > LEAST
-        out = torch.where(some[..., None], numerator / torch.where(some, denominator, 1.0)[..., None], 0.0)
-    return out.to(query.dtype), _after(parts, state, settings)
+    return numerator, denominator
 
 
 def gradients(
@@ -127,24 +160,26 @@ def gradients(
     mask: Tensor | None = None,
     log_gate: Tensor | None = None,
     state: State | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of query, key, value and gate for that of out; W and the given state are constants.
+    amounts: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of query, key, value, gate and columns for that of out; W, the given state and the amounts
+    are constants.
 
     With ``A`` the weights over the denominator and ``E = A (dO V^T - rowsum(dO O))``: ``dV = A^T dO``, and E is the
     gradient of the logarithm of each weight.
     """
-    parts = _parts(query, key, value, weight, settings, mask, log_gate, state)
+    parts = _parts(query, key, value, with_columns(weight, columns), settings, mask, log_gate, state)
     wide = parts.weights.dtype
     slope = grad_out.to(wide)
-    total = parts.weights.sum(-1)
-    numerator = parts.weights @ parts.values
+    numerator, total = _quotient(parts, state)
     held = held_sums = None
     if state is not None:
         held, held_sums = parts.repeat(state.state), parts.repeat(state.sums)
-        numerator = numerator + parts.before[..., None] * (parts.queries @ held)
-        total = total + parts.before * (parts.queries * held_sums[:, :, None]).sum(-1)
-    free = total > (settings.floor if settings.kind == TRIG else LEAST)
-    below = torch.where(free, total, settings.floor if settings.kind == TRIG else float("inf"))
+    trig = settings.kind == TRIG
+    least = least_of(total, settings, amounts) if trig else torch.full_like(total, LEAST)
+    free = total > least
+    below = torch.where(free, total, least if trig else float("inf"))
     inverse = 1.0 / below
     out = numerator * inverse[..., None]
     delta = (slope * out).sum(-1) * free
@@ -162,10 +197,10 @@ def gradients(
     if log_gate is not None:
         pairs = inner * parts.weights  # E
         # E of the pairs j < t <= i, and of those with j = t through 1 - g.
-        rows, columns = pairs.sum(-1) + past, pairs.sum(-2)
-        flow = (rows - columns).flip(-1).cumsum(-1).flip(-1)
+        by_query, by_key = pairs.sum(-1) + past, pairs.sum(-2)
+        flow = (by_query - by_key).flip(-1).cumsum(-1).flip(-1)
         gate = parts.repeat(log_gate.to(wide))
-        each = flow - columns * torch.exp(gate) / -torch.expm1(gate)
+        each = flow - by_key * torch.exp(gate) / -torch.expm1(gate)
         if mask is not None:
             each = each.masked_fill(~mask[:, None], 0.0)
         grad_gate = _summed(each, log_gate.shape[1]).to(log_gate.dtype)
@@ -174,14 +209,26 @@ def gradients(
     grad_query = _through(grad_queries, query.to(wide), parts.queries, parts.rows, settings)
     grad_key = _through(grad_keys, rows_of_keys, parts.keys, parts.rows, settings)
     grad_key, grad_value = (_summed(each, key.shape[1]) for each in (grad_key, grad_value))
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_gate
+    grad_columns = None
+    if columns is not None:
+        logs = _along(grad_queries, query.to(wide), parts.queries, parts.rows, settings)
+        logs = logs + _along(grad_keys, rows_of_keys, parts.keys, parts.rows, settings)
+        grad_columns = of_columns(logs.unflatten(0, (len(columns), -1)).sum(1), columns)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_gate, grad_columns
+
+
+def of_columns(logs: Tensor, columns: Tensor) -> Tensor:
+    """Return the gradient of columns for that of their logarithms; 0 for columns that are 0, which have none."""
+    wide = columns.to(logs)
+    return torch.where(wide == 0, 0.0, logs / torch.where(wide == 0, 1.0, wide)).to(columns.dtype)
 
 
 def step(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, settings: Settings, log_gate: Tensor | None, state: State
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, settings: Settings, log_gate: Tensor | None,
+    state: State, amounts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return the output of one token ``[B, H, 1, Dv]``, and bring ``state`` up to date in place."""
-    out, after = linear_attention(query, key, value, weight, settings, None, log_gate, state)
+    out, after = linear_attention(query, key, value, weight, settings, None, log_gate, state, amounts)
     for held, new in zip(state, after, strict=True):
         held.copy_(new)
     return out
@@ -281,8 +328,7 @@ def _through(slope: Tensor, x: Tensor, features: Tensor, rows: Tensor, settings:
     """Return the gradient of ``x`` for that of its features (their logarithms taken out being a constant)."""
     y, root = _normalized(x, settings), math.sqrt(settings.scale)
     if settings.kind == TRIG:
-        (sin, cos), (by_sin, by_cos) = features.chunk(2, -1), slope.chunk(2, -1)
-        grad_y = (by_sin * cos - by_cos * sin) @ rows
+        grad_y = _of_angles(slope, features) @ rows
     else:
         inner = slope * features
         grad_y = inner @ rows - y * inner.sum(-1, keepdim=True)
@@ -291,6 +337,16 @@ def _through(slope: Tensor, x: Tensor, features: Tensor, rows: Tensor, settings:
     norm = x.norm(dim=-1, keepdim=True)
     along = (x * grad_y).sum(-1, keepdim=True) / torch.where(norm > 0, norm, 1.0) / (norm + settings.eps)
     return root * (grad_y - x * along) / (norm + settings.eps)
+
+
+def _of_angles(slope: Tensor, features: Tensor) -> Tensor:
+    (sin, cos), (by_sin, by_cos) = features.chunk(2, -1), slope.chunk(2, -1)
+    return by_sin * cos - by_cos * sin
+
+
+def _along(slope: Tensor, x: Tensor, features: Tensor, rows: Tensor, settings: Settings) -> Tensor:
+    """Return the gradient of the logarithm of what each column of W is multiplied with, ``[H, D]``; kind trig."""
+    return (_normalized(x, settings) * (_of_angles(slope, features) @ rows)).sum((0, 2))
 
 
 def _after(parts: _Parts, state: State | None, settings: Settings) -> State:

@@ -17,15 +17,16 @@ def state_rows(parts, row, real, dv, DV, HALF: tl.constexpr):
 
 @triton.jit
 def _output_kernel(
-    query, key, value, weight, mask, gates, tops_k, parts, sums, references, out, tops, logs, root, half, eps, share,
-    floor, T, H, P, G, N, D, DV, m, w_h, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
+    query, key, value, weight, mask, gates, amounts, tops_k, parts, sums, references, out, tops, logs, root, half, eps,
+    share, floor, T, H, P, G, N, D, DV, m, w_h, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TRIG: tl.constexpr,
     NORMED: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, HALF: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, HAS_AMOUNTS: tl.constexpr,
 ):  # fmt: skip
     """Programs are (chunk, batch row and query head). ``parts`` and ``sums`` are states before each chunk, with their
     ``references`` to base 2; not CAUSAL: the state of all keys, with natural logarithms. ``tops`` and ``logs`` [B H, N]
-    get the largest exponent of each query and log2 of its denominator (+inf: replaced).
+    get the largest exponent of each query and log2 of its denominator (+inf: replaced). TRIG: ``tops`` is 1 where it
+    was replaced, by ``floor`` times ``amounts`` [B P, N], and ``logs`` has that of what was divided by.
     """
     t, pair = tl.program_id(0) % T, tl.program_id(0) // T
     b, h = pair // H, pair % H
@@ -92,13 +93,18 @@ def _output_kernel(
         shrink = tl.exp2(past - base)
         acc = acc * shrink[:, None] + tl.dot(operand(products, HALF), v, input_precision=PRECISION)
         total = total * shrink + tl.sum(products, axis=1)
-    free = total > floor
-    below = tl.where(free, total, floor)
-    if TRIG:  # noqa: SIM108 - one of the two is compiled
+    least = floor + n * 0.0
+    if HAS_AMOUNTS:
+        least *= tl.load(amounts + (b * P + p).to(tl.int64) * N + n, mask=real, other=1.0)
+    free = total > least
+    if TRIG:
+        below = tl.where(free, total, least)
         acc = acc / below[:, None]
+        result = tl.log2(below)
+        tl.store(tops + pair.to(tl.int64) * N + n, tl.where(free, 0.0, 1.0), mask=real)
     else:
         acc = tl.where(free[:, None], acc / tl.where(free, total, 1.0)[:, None], 0.0)
-    result = tl.where(free, base + tl.log2(tl.where(free, total, 1.0)), float("inf"))
+        result = tl.where(free, base + tl.log2(tl.where(free, total, 1.0)), float("inf"))
     tl.store(logs + pair.to(tl.int64) * N + n, result, mask=real)
     at = out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + n.to(tl.int64)[:, None] * o_n + dv[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])

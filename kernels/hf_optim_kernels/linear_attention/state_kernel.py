@@ -90,7 +90,7 @@ def _put(weighted, v, parts, sums, row, real, dv, DV, HALF: tl.constexpr, PRECIS
 @triton.jit
 def _queries_kernel(
     query, grad_out, out, weight, gates, mask, tops, logs, delta, parts, sums, references, decays, root, half, eps,
-    share, log_floor, T, H, P, G, N, D, DV, m, w_h, q_b, q_h, q_n, g_b, g_h, g_n, o_b, o_h, o_n,
+    share, T, H, P, G, N, D, DV, m, w_h, q_b, q_h, q_n, g_b, g_h, g_n, o_b, o_h, o_n,
     C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TRIG: tl.constexpr,
     NORMED: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, HALF: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr,
@@ -99,7 +99,7 @@ def _queries_kernel(
 
     Programs are (chunk, batch row and state head); the sums are decayed to the beginning of the chunk. ``delta`` [B H,
     N] gets the row sums, with the sign and 0 for denominators that were replaced. ``logs`` has log2 of denominators,
-    +inf where replaced, by ``log_floor``.
+    +inf where replaced; TRIG: those of what was divided by, and ``tops`` is 1 where replaced.
     """
     t, pair = tl.program_id(0) % T, tl.program_id(0) // T
     b, p = pair // P, pair % P
@@ -114,7 +114,8 @@ def _queries_kernel(
         own = (b * H + h).to(tl.int64) * N + n
         log = tl.load(logs + own, mask=real, other=0.0)
         replaced = log == float("inf")
-        log = tl.where(replaced, log_floor, log)
+        if TRIG:
+            replaced = tl.load(tops + own, mask=real, other=0.0) > 0.0
         largest = tl.maximum(largest, tl.where(real, decay - log, float("-inf")))
         at = grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
         slope = rows_at(at, n, real, g_n, dv, DV, False)
@@ -139,7 +140,6 @@ def _queries_kernel(
             h = p * group + each
             own = (b * H + h).to(tl.int64) * N + n
             log = tl.load(logs + own, mask=real, other=float("inf"))
-            log = tl.where((log == float("inf")) & real, log_floor, log)
             counts = tl.exp2(decay - log - base)
             x = rows_at(query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h, n, real, q_n, d, D, HALF)
             slope = rows_at(grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h, n, real, g_n, dv, DV, HALF)
@@ -195,6 +195,16 @@ def _scan_kernel(
 
 
 @triton.jit
+def _tile(parts, at, chunk, T, SIZE, e, real, REVERSE: tl.constexpr):
+    """Return the sums of chunks, zeros beyond the last: read before the tile in front of it is used."""
+    inside = chunk < T
+    if REVERSE:
+        chunk = T - 1 - chunk
+    where = parts + ((at * T + chunk) * SIZE)[:, None] + e[None, :]
+    return tl.load(where, mask=inside[:, None] & real[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _scan(
     parts, references, decays, given, given_references, starts, last, last_references, T, SIZE, pair, block,
     STEP: tl.constexpr, BLOCK: tl.constexpr, FREE: tl.constexpr, HAS_GIVEN: tl.constexpr, KEEP: tl.constexpr,
@@ -212,11 +222,13 @@ def _scan(
         if FREE:
             reference = tl.load(given_references + at) * LOG2E
     earlier = x[None, :] < x[:, None]
+    tile = _tile(parts, at, x, T, SIZE, e, real, REVERSE)
     for start in range(0, T, STEP):
         chunk = start + x
         inside = chunk < T
         if REVERSE:
             chunk = T - 1 - chunk
+        coming = _tile(parts, at, start + STEP + x, T, SIZE, e, real, REVERSE)
         own = tl.load(references + at * T + chunk, mask=inside, other=float("-inf"))
         decay = tl.load(decays + at * T + chunk, mask=inside, other=0.0)
         until = tl.cumsum(decay, axis=0)
@@ -232,7 +244,6 @@ def _scan(
         base, end = finite(before), finite(after)
         where = parts + ((at * T + chunk) * SIZE)[:, None] + e[None, :]
         kept = inside[:, None] & real[None, :]
-        tile = tl.load(where, mask=kept, other=0.0).to(tl.float32)
         if KEEP:
             found = tl.dot(tl.exp2(logs - base[:, None]), tile, input_precision=PRECISION)
             found += tl.exp2(past - base)[:, None] * state[None, :]
@@ -241,6 +252,7 @@ def _scan(
                 tl.store(starts + at * T + chunk, before, mask=inside)
         state = state * tl.exp2(reference + whole - end) + tl.sum(tile * tl.exp2(ends - end)[:, None], axis=0)
         reference = after
+        tile = coming
     tl.store(last + at * SIZE + e, state, mask=real)
     if WRITE and block == 0:
         tl.store(last_references + at, reference * LN2)

@@ -10,10 +10,10 @@ from .parts import cosine, finite, rest_of, sine
 
 @triton.jit
 def _step_kernel(
-    query, key, value, weight, gates, state, sums, references, out, root, half, eps, share, floor, H, P, G, D, DV, m,
-    w_h, q_b, q_h, k_b, k_h, v_b, v_h,
+    query, key, value, weight, gates, amounts, state, sums, references, out, root, half, eps, share, floor, H, P, G, D,
+    DV, m, w_h, q_b, q_h, k_b, k_h, v_b, v_h,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TRIG: tl.constexpr,
-    NORMED: tl.constexpr, HAS_GATE: tl.constexpr,
+    NORMED: tl.constexpr, HAS_GATE: tl.constexpr, HAS_AMOUNTS: tl.constexpr,
 ):  # fmt: skip
     """Programs are (batch row and state head); ROWS is a power of two that its query heads fit in. ``state`` [B P, F,
     DV], ``sums`` [B P, F], ``references`` [B P] float32, natural logarithms; so are exponents, and angles are in turns.
@@ -82,6 +82,8 @@ def _step_kernel(
         total += tl.sum(q * new_sums[None, :], axis=1)
     if not TRIG:
         tl.store(references + own, reference)
+    if HAS_AMOUNTS:
+        floor *= tl.load(amounts + own)
     free = total > floor
     if TRIG:
         acc = acc / tl.where(free, total, floor)[:, None]

@@ -13,28 +13,15 @@ This file is stored beside checkpoints, so it imports only torch.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._linear_kernel import trig_sums_by_kernel
+from ._linear_kernel import TrigSums, trig_by_kernel
 from ._linear_scan import causal_sums, computed_in, levels_in, whole_sums, with_ones
 
 LEAST_NORM = 1e-3  # added to norms
 PIECE = 4096  # tokens whose features are held at a time
-
-
-class Sums(NamedTuple):
-    """What is kept of the tokens of each row.
-
-    Attributes:
-        sums: ``[R, G, 2 M, D + 1]`` of features and values, and of features alone in the last column.
-        total: float64 ``[R, G]``: the weight of the tokens, w.
-    """
-
-    sums: Tensor
-    total: Tensor
 
 
 def rfa_attention(
@@ -47,9 +34,9 @@ def rfa_attention(
     floor: float,
     log_gate: Tensor | None = None,
     valid: Tensor | None = None,
-    state: Sums | None = None,
+    state: TrigSums | None = None,
     keeps: bool = True,
-) -> tuple[Tensor, Sums | None]:
+) -> tuple[Tensor, TrigSums | None]:
     """Compute attention by random Fourier features.
 
     Args:
@@ -71,25 +58,31 @@ def rfa_attention(
     dtype = computed_in(query)
     groups = key.shape[1]
     with torch.autocast(query.device.type, enabled=False):
+        gate = None if log_gate is None else log_gate.to(dtype)
+        totals, total = weights_of_tokens(key, causal, gate, valid, None if state is None else state.total)
+        keeps = keeps and causal
+        made = trig_by_kernel(
+            query, key, value, weight, scale, causal, floor, LEAST_NORM, gate, valid, (totals, total), state, keeps
+        )
+        if made is not None:
+            return made
         wide = scale.to(dtype)[:, None]
         queries = (_unit(query.to(dtype)).unflatten(1, (groups, -1)) * wide[:, None]).flatten(1, 2)
-        keys, values = _unit(key.to(dtype)) * wide, with_ones(value)
-        gate = None if log_gate is None else log_gate.to(dtype)
-        totals, total = _totals(keys, causal, gate, valid, None if state is None else state.total)
-        sums = None if state is None else state.sums
-        alike = queries.to(query.dtype), keys.to(query.dtype), values.to(query.dtype)
-        made = trig_sums_by_kernel(*alike, weight, causal, gate, valid, sums, keeps and causal)
-        if made is None:
-            compute = _causal if causal else _of_whole_rows
-            made = compute(queries, keys, values.to(dtype), weight.to(dtype), gate, valid, sums)
-        out, sums = made[0].to(dtype), made[1]
+        keys, values = _unit(key.to(dtype)) * wide, with_ones(value).to(dtype)
+        sums = None
+        if state is not None:
+            sums = torch.cat([state.sums, state.features[..., None]], -1).to(dtype)
+        compute = _causal if causal else _of_whole_rows
+        out, sums = compute(queries, keys, values, weight.to(dtype), gate, valid, sums)
         least = floor * totals.to(dtype).repeat_interleave(query.shape[1] // groups, 1)[..., None]
         out, below = out[..., :-1], torch.maximum(out[..., -1:], least)
         if valid is not None:
             padding = ~valid[:, None, :, None]
             out, below = out.masked_fill(padding, 0), below.masked_fill(padding, 1)
-        out = out / below
-    return out.to(value.dtype), Sums(sums, total) if causal and keeps and sums is not None else None
+        out = (out / below).to(value.dtype)
+    if not keeps or sums is None:
+        return out, None
+    return out, TrigSums(sums[..., :-1].contiguous(), sums[..., -1].contiguous(), total)
 
 
 def _unit(part: Tensor) -> Tensor:
@@ -100,11 +93,15 @@ def _unit(part: Tensor) -> Tensor:
     return part / (norm + LEAST_NORM)
 
 
-def _totals(
+def weights_of_tokens(
     key: Tensor, causal: bool, gate: Tensor | None, valid: Tensor | None, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the weight of the tokens that each query sees, ``[R, G, P or 1]``, and ``[R, G]`` after the last one."""
     dtype = levels_in(key)
+    if causal and gate is None and valid is None:
+        count = torch.arange(1, key.shape[2] + 1, dtype=dtype, device=key.device).expand(*key.shape[:2], -1)
+        totals = count if before is None else before[..., None] + count
+        return totals, totals[..., -1]
     seen = torch.ones_like(key[..., 0], dtype=dtype)
     if valid is not None:
         seen = seen * valid[:, None]

@@ -17,7 +17,8 @@ from torch.nn import functional
 from hf_optim.toolkit.attention import Call, LearnedAttachment, LearnedConfig, LearnedModel, TensorState, whole
 
 from ._feature_draws import Drawn, count_forward, fill_, gaussian_features, generator_for
-from ._rfa_attention import Sums, rfa_attention
+from ._linear_kernel import TrigSums
+from ._rfa_attention import rfa_attention
 
 GATE_BEGINS = 5.0  # the bias of a new gate: g = 0.993, a memory of about 150 tokens
 
@@ -130,7 +131,7 @@ class RfaAttachment(LearnedAttachment):
         """Return the output of a call, and its sums. ``part`` has the attributes of ``RfaFeatures``."""
         if part.settings.gate and not call.causal:
             raise ValueError("the gate forgets earlier tokens, which a model that is not causal does not order")
-        state = None if call.state is None else Sums(call.state["sums"], call.state["total"])
+        state = None if call.state is None else TrigSums(*(call.state[name] for name in TrigSums._fields))
         with torch.autocast(call.query.device.type, enabled=False):
             gate = part.log_gate(call.value)
             out, state = rfa_attention(

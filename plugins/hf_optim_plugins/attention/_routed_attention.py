@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._cluster_kernel import last_by_kernel
 from ._query_blocks import in_blocks, put_back, rows_of, slices_of, weights_of
 
 LEAST = 16  # places of a block of queries, and keys of a run
@@ -133,7 +134,7 @@ def last_of_clusters(
     Args:
         query: ``[R, H, P, D]``.
         key, value: ``[R, G, P, D]``.
-        cluster: int64 of queries ``[R, H, P]`` and of keys ``[R, G, P]``.
+        cluster: int16 or int64 of queries ``[R, H, P]`` and of keys ``[R, G, P]``.
         valid: bool ``[R, P]``, False for padding, which is at the end of rows; None if there is none.
         width: keys that a query sees, its own among them.
         clusters: how many there are.
@@ -146,8 +147,13 @@ def last_of_clusters(
         ``[R, H, P, D]``, zero at padding.
     """
     rows, heads, length, _ = query.shape
+    if earlier is None and not dropout:
+        made = last_by_kernel(query, key, value, cluster, valid, width, clusters, scale)
+        if made is not None:
+            return made
     shared = heads // key.shape[1]
     lanes, device = rows * key.shape[1], query.device
+    cluster = cluster[0].long(), cluster[1].long()
     keys, values, code, ahead = _sorted_keys(key, value, cluster[1], valid, clusters, earlier)
     each = ahead + length  # codes count groups in steps of this
     width = min(width, each)

@@ -27,6 +27,7 @@ from hf_optim.toolkit.attention import (
 from hf_optim.toolkit.modules import read_own_loss, watch_own_loss
 
 from ._centroids import Centroids, directions
+from ._cluster_kernel import nearest_by_kernel
 from ._routed_attention import kept_of_clusters, last_of_clusters, near_tokens, one_step, top_of_clusters
 
 FORMS = ("last", "top", "top_leaking")
@@ -186,6 +187,9 @@ class RoutedPart(nn.Module):
             if query.shape[1] != key.shape[1]:
                 raise ValueError("keys are queries only where each query head has a key head of its own")
             key = query
+        plain = self._by_kernel(query, key, centroids)
+        if plain is not None:
+            return _with_state(call, query, key, value, plain, routing.window, routing.clusters, "routed", kept)
         at = [directions(part, routing.normalize) for part in (query, key)]
         if routing.scores == "normalized":  # to the norm sqrt(D), as layer normalization does
             query, key = ((part * part.shape[-1] ** 0.5).to(query.dtype) for part in at)
@@ -214,6 +218,16 @@ class RoutedPart(nn.Module):
             query, key, value, near, call.valid, routing.window, call.scale, call.dropout,  # type: ignore[arg-type]
             causal=call.causal, nearest=routing.unrouted == "nearest",
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _by_kernel(self, query: Tensor, key: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor] | None:
+        """Return the clusters of queries and keys where nothing else reads their directions; None elsewhere."""
+        routing = self.routing
+        if self.training or centroids.collected is not None or routing.form != "last" or routing.scores != "model":
+            return None
+        weight = centroids.used()
+        found = [nearest_by_kernel(part, weight, routing.normalize) for part in (query, key)]
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
 
     @torch.no_grad()
     def _nearest(self, at: list[Tensor], centroids: Centroids) -> tuple[Tensor, Tensor]:
@@ -251,11 +265,11 @@ def _with_state(
         earlier = call.state[names[0]], call.state[names[1]], call.state[names[2]]
     valid = call.valid
     if earlier is not None and query.shape[2] == 1 and valid is None:
-        out = one_step(query, key, value, own[0], earlier, call.scale)
+        out = one_step(query, key, value, own[0].long(), earlier, call.scale)
     else:
         out = last_of_clusters(query, key, value, own, valid, width, clusters, call.scale, call.dropout, earlier)
     if call.keeps:
-        after = kept_of_clusters(key, value, own[1], valid, width, clusters, earlier)
+        after = kept_of_clusters(key, value, own[1].long(), valid, width, clusters, earlier)
         kept.update(zip(names, after, strict=True))
     return out
 

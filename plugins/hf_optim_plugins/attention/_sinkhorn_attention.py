@@ -88,8 +88,9 @@ def summaries(blocks: Tensor, kind: str, valid: Tensor | None) -> Tensor:
 
     ``valid``: bool ``[R, N, L]``; padding does not count. None: all tokens do.
     """
-    wide = blocks if blocks.dtype == torch.float64 else blocks.float()
+    dtype = torch.promote_types(blocks.dtype, torch.float32)
     if valid is None:
-        return wide.sum(3) if kind == "sum" else wide.mean(3)
+        return blocks.sum(3, dtype=dtype) if kind == "sum" else blocks.mean(3, dtype=dtype)
+    wide = blocks.to(dtype)
     total = (wide * valid[:, None, :, :, None]).sum(3)
     return total if kind == "sum" else total / valid.sum(2).clamp_min(1)[:, None, :, None]

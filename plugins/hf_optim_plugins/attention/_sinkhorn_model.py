@@ -30,6 +30,7 @@ from ._sinkhorn_attention import (
     sorted_with_padding,
     summaries,
 )
+from ._sinkhorn_kernel import blocks_by_kernel
 from ._sinkhorn_sorting import HIDDEN, AttentionSorter, LinearSorter, Sorter, of_past, sinkhorn
 
 LONGEST_BLOCK = 65536
@@ -167,18 +168,27 @@ class SortedPart(nn.Module):
             out = block_attention(query[:, :, None], every, None, None, bias, call.scale, call.dropout)  # type: ignore[arg-type]
             return out.flatten(2, 3)
         bias = None if share is None else share[:, :, None, :, None]
-        seen = None if own is None else functional.pad(own, (0, size), value=True)
-        out = block_attention(in_row(query, size), (keys, values), brought, seen, bias, call.scale, call.dropout)
-        return out.flatten(2, 3)[:, :, :length]
+        queries, joined = in_row(query, size), None
+        if valid is None and not call.dropout:
+            joined = blocks_by_kernel(queries, (keys, values), brought, False, call.scale)
+        if joined is None:
+            seen = None if own is None else functional.pad(own, (0, size), value=True)
+            joined = block_attention(queries, (keys, values), brought, seen, bias, call.scale, call.dropout)
+        return joined.flatten(2, 3)[:, :, :length]
 
     def _prefixes(self, call: Call, query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what blocks ask by, of queries and of keys ``[R, G, N, D]``, and the sum of all queries ``[R, G, D]``.
 
-        ``query``, ``key``: ``[R, G, T, D]`` of rows from their first token, with zeros for queries of the state.
+        ``query`` ``[R, H, T, D]``, ``key`` ``[R, G, T, D]``: of rows from their first token, with zeros for queries of
+        the state.
         """
+        first = self.sorting.prefix == "first"
+        if first:
+            query, key = query[:, :, ::size], key[:, :, ::size]
+        query = shared_mean(query, key.shape[1])
         wide = [part if part.dtype == torch.float64 else part.float() for part in (query, key)]
-        if self.sorting.prefix == "first":
-            return wide[0][:, :, ::size], wide[1][:, :, ::size], None
+        if first:
+            return wide[0], wide[1], None
         total = [part.cumsum(2) for part in wide]
         if call.state is not None:
             total[0] = total[0] + call.state["sum"][:, :, None]
@@ -206,7 +216,7 @@ class SortedPart(nn.Module):
         size = min(self.sorting.block, key.shape[2])
         keys, values, queries = in_row(key, size), in_row(value, size), in_row(query, size)
         blocks = keys.shape[2]
-        asked, own, total_sum = self._prefixes(call, shared_mean(query, groups), key, size)
+        asked, own, total_sum = self._prefixes(call, query, key, size)
         if state is not None and call.earlier is not None:
             begun = torch.where(call.earlier % self.sorting.block > 0, call.earlier // self.sorting.block, -1)
             here = torch.arange(blocks, device=query.device) == begun[:, None]
@@ -220,7 +230,12 @@ class SortedPart(nn.Module):
             brought = sorted_blocks(weights, keys), sorted_blocks(weights, values)
             later = (torch.arange(blocks, device=query.device) > 0)[:, None, None].expand(-1, size, size)
             seen = torch.cat([seen.expand(blocks, -1, -1), later], -1)
-        out = block_attention(queries, (keys, values), brought, seen, None, call.scale, call.dropout).flatten(2, 3)
+        made = None
+        if not call.dropout:
+            made = blocks_by_kernel(queries, (keys, values), brought, True, call.scale)
+        if made is None:
+            made = block_attention(queries, (keys, values), brought, seen, None, call.scale, call.dropout)
+        out = made.flatten(2, 3)
         if place is None:
             out = out[:, :, :length]
         else:

@@ -58,7 +58,7 @@ from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.toolkit.attention import PART
 from hf_optim.toolkit.modules import own_loss
 
-from . import _centroids, _query_blocks, _recomputed, _routed_attention, _routed_model
+from . import _centroids, _cluster_kernel, _query_blocks, _recomputed, _routed_attention, _routed_model
 from ._attach import context_length, require_encoder
 from ._centroids import fitted
 from ._distilling import distill, told
@@ -130,7 +130,7 @@ class RoutingTransformer(LearnedTechnique):
     attachment: ClassVar[_routed_model.RoutedAttachment] = _routed_model.ATTACHMENT
     remote_code: ClassVar[RemoteCode] = learned_code(
         "routing_transformer",
-        (own_loss, _query_blocks, _recomputed, _routed_attention, _centroids, _routed_model),
+        (own_loss, _query_blocks, _recomputed, _cluster_kernel, _routed_attention, _centroids, _routed_model),
         config_base=_routed_model.RoutedConfig.__name__,
         model_base=_routed_model.RoutedModel.__name__,
     )

@@ -50,7 +50,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode
 
-from . import _query_blocks, _recomputed, _sinkhorn_attention, _sinkhorn_model, _sinkhorn_sorting
+from . import _query_blocks, _recomputed, _sinkhorn_attention, _sinkhorn_kernel, _sinkhorn_model, _sinkhorn_sorting
 from ._attach import context_length, require_encoder
 from ._distilling import DistilledTechnique, told
 from ._learned import learned_code
@@ -109,7 +109,7 @@ class Sinkhorn(DistilledTechnique):
     attachment: ClassVar[_sinkhorn_model.SortedAttachment] = _sinkhorn_model.SORTED
     remote_code: ClassVar[RemoteCode] = learned_code(
         "sinkhorn",
-        (_query_blocks, _recomputed, _sinkhorn_sorting, _sinkhorn_attention, _sinkhorn_model),
+        (_query_blocks, _recomputed, _sinkhorn_kernel, _sinkhorn_sorting, _sinkhorn_attention, _sinkhorn_model),
         config_base=_sinkhorn_model.SortedConfig.__name__,
     )
 

@@ -11,7 +11,7 @@ import torch
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from hf_optim.toolkit.attention import lsh_chunks, lsh_flash
+from hf_optim.toolkit.attention import lsh_chunks, lsh_flash, lsh_kernel
 from hf_optim.toolkit.attention.lsh_chunks import (
     attention_behind,
     full_shared_attention,
@@ -261,18 +261,41 @@ class Kernel:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", ["paper", "trax", "trax_rounds"])
+@pytest.mark.parametrize("name", ["trax", "trax_rounds"])
 def test_the_kernel_gets_what_it_computes(name, causal, monkeypatch):
     scheme = replace(SCHEMES[name], after=0 if causal else 1)
     query, value = inputs(23)
-    lengths = torch.tensor([23, 16]) if name == "paper" else None
     buckets, calls = buckets_for(query, scheme), []
-    expected = lsh_attention(query, value, buckets, scheme, causal, lengths)
+    expected = lsh_attention(query, value, buckets, scheme, causal)
     monkeypatch.setattr(lsh_chunks, "bucket_kernel", lambda *given: calls.append(given) or Kernel)
-    found = lsh_attention(query, value, buckets, scheme, causal, lengths)
+    found = lsh_attention(query, value, buckets, scheme, causal)
     assert calls
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-9)
-    torch.testing.assert_close(found[1, :, :16], expected[1, :, :16], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["bucket", "bucket_rounds", "paper", "paper_rounds"])
+def test_the_kernels_of_runs_compute_the_same(name, causal, padded, monkeypatch):
+    """Outputs and gradients of the operators, whose specification runs on a CPU in float64."""
+    scheme = replace(SCHEMES[name], after=0 if causal else 1)
+    lengths = torch.tensor([23, 16]) if padded else None
+    results = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(lsh_kernel, "LSH_KERNEL_DEVICES", devices)
+        monkeypatch.setattr("hf_optim_kernels.run_attention.op.unsupported", lambda *given: None)
+        query, value = (each.requires_grad_() for each in inputs(23))
+        buckets = buckets_for(query, scheme)
+        out = lsh_attention(query, value, buckets, scheme, causal, lengths)
+        assert ("RunAttention" in str(out.grad_fn) or "run_attention" in str(out.grad_fn)) == bool(devices)
+        slope = numbers(*out.shape, seed=8)
+        if padded:
+            slope[1, :, 16:] = 0
+        results.append(
+            (out if not padded else out * (slope != 0), *torch.autograd.grad((out * slope).sum(), (query, value)))
+        )
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -126,6 +126,7 @@ def loss_and_gradients(model, **given):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("parts", ["all", "softmax", "two recurrences"])
 def test_gradients_are_those_of_stored_activations(build, parts, monkeypatch):
@@ -203,6 +204,7 @@ def test_what_reversible_layers_cannot_do_is_refused():
 
 
 # -- decoding and padding ---------------------------------------------------------------------------------------------
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("parts", list(PARTS))
 def test_decoding_is_the_full_forward(build, parts):
