@@ -50,7 +50,7 @@ that a forward needs. Patterns have a window of 256 tokens a side or about as ma
 
 Slower than the goals of 2.0 ms at 4,096 tokens and 3.1 ms at 16,384, replayed: {slow}. Ordinary calls at 4,096 tokens take {eager} ms, where dense attention takes {dense} ms: above the goal, for the host.
 
-![Time of encoders by length](sparse_encoders.png)
+{called}![Time of encoders by length](sparse_encoders.png)
 """
 
 
@@ -113,6 +113,36 @@ def encoder_table(times: dict[str, Any]) -> tuple[str, list[str]]:
                 slow.append(f"{name} {graph:.2f} at {n:,}")
         rows.append([name, *cells])
     return table(["model", *(f"{n:,}" for n in SHOWN)], rows), slow
+
+
+def called_text(called: dict[str, Any], patterns: list[str]) -> str:
+    """Return the table of ordinary calls, and of calls of ``hf_optim.captured``, with what is over the goals.
+
+    ``patterns`` are all that could have been called so: those that were not are named.
+    """
+    if not called:
+        return ""
+    lengths = sorted({int(n) for rows in called.values() for n in rows})
+    rows: list[list[str]] = []
+    slow, wrong = [], []
+    for name, by_length in called.items():
+        cells = []
+        for n in lengths:
+            row = by_length.get(str(n), {})
+            cells.append(f"{row['eager_ms']:.2f} / {row['captured_ms']:.2f}" if "captured_ms" in row else "")
+            if name != DENSE and row.get("captured_ms", 0) > GOALS_MS.get(n, 1e9):
+                slow.append(f"{name} {row['captured_ms']:.2f} at {n:,}")
+            if row.get("failure"):
+                wrong.append(f"{name} ({row['failure']})")
+        rows.append([name, *cells])
+    worst = max(row["difference"] for each in called.values() for row in each.values() if "difference" in row)
+    head = ["model", *(f"{n:,}" for n in lengths)]
+    return (
+        "As they are called, in milliseconds: `model(ids)`, and `hf_optim.captured(model)(ids)`, whose results differ by "
+        f"at most {worst:.1e} (norm over norm).\n\n{table(head, rows)}\n\n"
+        f"Over the goals, captured: {', '.join(slow) or 'none'}. Not captured: {', '.join(sorted(set(wrong))) or 'none'}. "
+        f"Not measured in this way: {', '.join(name for name in patterns if name not in called) or 'none'}.\n\n"
+    )
 
 
 def series_of_kernel(lengths: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
@@ -188,6 +218,9 @@ def main() -> None:
         strided="one in 128",
         encoders=layers,
         slow=", ".join(slow) or "none",
+        called=called_text(
+            encoders.get("called", {}), [name for name in encoders["check"] if name in encoders["times"]]
+        ),
         eager=f"{min(ours):.1f} to {max(ours):.1f}",
         dense=f"{encoders['times'][DENSE][at]['eager_ms']:.1f}",
     )

@@ -5,7 +5,7 @@
 An encoder of BERT-base width with 4 layers, random weights, bfloat16, batch 1: with SDPA, converted by each pattern,
 and as stock Longformer (window 512) and BigBird (blocks of 64). Each is first compared with the same model under the
 mask of its pattern, computed densely. Milliseconds of a forward, eager and as a replayed CUDA graph, and peak memory.
-With words, only the sections that have one of them in their names run: ``check``, ``times``. ``TINY=1`` runs all of it
+With words, only the sections that have one of them in their names run: ``check``, ``times``, ``called``. ``TINY=1`` runs all of it
 in small.
 """
 
@@ -38,6 +38,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 LENGTHS = (256, 512) if TINY else (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 CHECKED = 512 if TINY else 4096
+CALLED = (256, 512) if TINY else (1024, 4096, 16384)
 DENSE_UP_TO, REPEATS = 65536, 3 if TINY else 9
 WIDTH = {"hidden_size": 64, "num_attention_heads": 4} if TINY else {"hidden_size": 768, "num_attention_heads": 12}
 SHAPE = {
@@ -59,6 +60,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "longformer": {"window": 512},
     "big_bird": {"block": 64, "random": 3},
     "etc": {"radius": 256},
+    "axial": {"columns": 256},
+    "compressed": {"stride": 16, "local": 256},
 }
 
 
@@ -182,10 +185,35 @@ def times() -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
+@torch.no_grad()
+def called() -> dict[str, dict[int, dict[str, Any]]]:
+    """Milliseconds of calls of a model, and of ``hf_optim.captured`` of it, with the distance of their results."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in (DENSE, *RECIPES):
+        model, found[name] = build(name), {}
+        forward = hf_optim.captured(model)
+        for length in CALLED:
+            ids, row = ids_of(length), {}
+            try:
+                right = model(ids)[0].float()
+                for _ in range(3):
+                    replayed = forward(ids)[0].float()
+                row = {"difference": float((replayed - right).norm() / right.norm()), "failure": forward.failure}
+                row |= {"eager_ms": eager_ms(model, ids), "captured_ms": eager_ms(forward, ids)}
+            except Exception as problem:
+                row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
+            found[name][length] = row
+            print(f"{name:20s} {length:6,}", row, flush=True)
+        del model, forward
+        gc.collect()
+    return found
+
+
 def main() -> None:
     section = Sections("sparse_encoders.json")
     section("check")(check)
     section("times")(times)
+    section("called")(called)
 
 
 if __name__ == "__main__":

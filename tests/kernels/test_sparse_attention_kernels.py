@@ -265,6 +265,7 @@ def test_the_kernels(name, device, cut):
     compare(computed(case, torch.float32, device), wanted(case), 2e-6, 4e-6)
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, device, cut):

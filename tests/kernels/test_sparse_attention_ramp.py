@@ -126,6 +126,7 @@ def test_the_kernels(name, device):
     compare(*both(CASES[name], torch.float32, device), 2e-6, 1e-5)
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, device):

@@ -172,6 +172,7 @@ def test_gradients_through_a_cache_are_those_of_the_whole_row():
 GENERATE = {"max_new_tokens": 20, "do_sample": False}
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("settings", [
     {}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5},
     {"num_beams": 4, "num_beam_groups": 1, "num_return_sequences": 2},

@@ -81,10 +81,31 @@ def test_merged_parts_are_the_attention_over_their_union():
         halves.append((torch.softmax(scores, -1) @ value[:, :, part], torch.logsumexp(scores, -1)))
     nothing = (torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=torch.float64))
     whole = torch.softmax(query @ key.transpose(2, 3), -1) @ value
-    torch.testing.assert_close(merge([*halves, nothing])[0], whole, rtol=0, atol=1e-13)
-    out, total = merge([nothing, nothing])
-    assert torch.equal(out, nothing[0])
-    assert torch.isneginf(total).all()
+    for parts in (halves, [*halves, nothing], [nothing, *halves], halves[::-1]):
+        torch.testing.assert_close(merge(parts), whole, rtol=0, atol=1e-13)
+    assert torch.equal(merge(halves[:1]), halves[0][0])
+    for count in (2, 3):
+        assert torch.equal(merge([nothing] * count), nothing[0])
+
+
+def test_merged_parts_have_gradients_where_queries_see_nothing_in_one_or_in_both():
+    """Those of the softmax over the keys that are seen, and numbers everywhere."""
+    query, key, value = parts = drawn(1, 12, groups=4)
+    seen = torch.ones(12, 12, dtype=torch.bool)
+    seen[0:4, :5], seen[3:6, 5:] = False, False  # row 3 sees nothing
+
+    def part(columns):
+        scores = (query @ key[:, :, columns].transpose(2, 3)).masked_fill(~seen[:, columns], -torch.inf)
+        empty = ~seen[:, columns].any(-1)
+        weights = torch.softmax(scores.masked_fill(empty[:, None], 0), -1).masked_fill(empty[:, None], 0)
+        sums = torch.logsumexp(scores.masked_fill(empty[:, None], 0), -1).masked_fill(empty, -torch.inf)
+        return weights @ value[:, :, columns], sums
+
+    found = merge([part(slice(0, 5)), part(slice(5, 12))])
+    expected = masked_softmax(*parts, seen, 1.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    for one, two in zip(gradients(found, parts), gradients(expected, parts), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-13)
 
 
 # Segments of three rows of 40 places: what a batch looks like.

@@ -47,10 +47,11 @@ from .attachment import (
 )
 from .attend import HeadPatterns, masked_attention, seen_mask
 from .blocked import DistanceBias
-from .cached_tokens import patterns_of, tokens_kept
+from .cached_tokens import most_seen, patterns_of, tokens_kept
 from .caches import PatternLayer, slots_for
 from .dense_attention import dense_product
 from .distance_bias import attend_biased, nearest_keys
+from .fixed_cache import FixedLayer, Slots
 from .global_models import (
     GlobalAttachment,
     GlobalTokensModel,
@@ -139,6 +140,7 @@ __all__ = [
     "Chunks",
     "Columns",
     "DistanceBias",
+    "FixedLayer",
     "GlobalAttachment",
     "GlobalTokens",
     "GlobalTokensModel",
@@ -166,6 +168,7 @@ __all__ = [
     "Rows",
     "Segments",
     "ShiftedChunks",
+    "Slots",
     "Spans",
     "StateLayer",
     "TensorState",
@@ -201,6 +204,7 @@ __all__ = [
     "lsh_flash",
     "masked_attention",
     "mixed",
+    "most_seen",
     "names_of_layers",
     "nearest_keys",
     "number_layers",

@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from ..modules.remote_code_guard import RefusedByStock
 from .attend import HeadPatterns, attend
 from .caches import PatternLayer
-from .kept import Kept, kept_attention
+from .kept import Kept
 from .model_caches import call_with_cache, with_pattern_layers
 from .pattern import Pattern
 from .rows import SEGMENTS, UNWRITTEN, Rows
@@ -173,8 +173,8 @@ class Attachment:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kept: Kept, scale: float,
         rows: Rows | None, mask: Tensor | None, dropout: float, given: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        """Return ``kept_attention`` over the keys of a cache, ``[B, H, N, D]``; ``given`` as in ``compute``."""
-        return kept_attention(query, key, value, kept, scale, rows, mask, dropout)
+        """Return the attention over the keys of a cache, ``[B, H, N, D]``; ``given`` as in ``compute``."""
+        return kept.attend(query, key, value, scale, rows, mask, dropout)
 
 
 def require_all_keys(heads: HeadPatterns, query: Tensor, key: Tensor, rows: Rows | None, mask: Tensor | None) -> None:

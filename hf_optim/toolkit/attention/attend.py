@@ -136,7 +136,7 @@ def attend_lists(
     simple = not any(part.shift is not None for source in sources for part in source.lists)
     if simple and not dropout and all(flash_on_cpu(query, each.key, each.value) for each in sources):
         return flash_attention(query, sources, scale, segments)
-    return merge([part for each in sources for part in parts_of(query, each, scale, segments, dropout)])[0]
+    return merge([part for each in sources for part in parts_of(query, each, scale, segments, dropout)])
 
 
 def parts_of(

@@ -63,16 +63,22 @@ def blocked_attention(
     return torch.stack(outputs, 1), torch.stack(sums, 1)
 
 
-def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the attention over the union of disjoint sets of keys from output and log-sum-exp over each."""
     if len(parts) == 1:
-        return parts[0]
+        return parts[0][0]
+    if len(parts) == 2:
+        # One pass over the outputs. The first sum is finite in a difference, so that no gradient is of infinities.
+        (one, own), (two, other) = parts
+        share = torch.sigmoid(other - own.clamp_min(torch.finfo(own.dtype).min))
+        return torch.lerp(one, two, share[..., None].to(one.dtype))
     sums = torch.stack([lse for _, lse in parts])
     total = torch.logsumexp(sums, 0)
-    empty = torch.isneginf(total)
-    weights = torch.exp(sums - torch.where(empty, 0, total))
-    out = sum(out * weight[..., None].to(out.dtype) for (out, _), weight in zip(parts, weights, strict=True))
-    return out, total  # type: ignore[return-value]
+    weights = torch.exp(sums - torch.where(torch.isneginf(total), 0, total))[..., None]
+    out = parts[0][0] * weights[0].to(parts[0][0].dtype)
+    for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
+        out = torch.addcmul(out, part, weight.to(part.dtype))
+    return out
 
 
 def _of_heads(bias: DistanceBias, index: Tensor) -> DistanceBias:

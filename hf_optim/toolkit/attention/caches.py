@@ -229,6 +229,29 @@ class PatternLayer(DynamicLayer):
         self._room = (room[0], room[1])
         self.keys, self.values = (slots[:, :, :held] for slots in room)
 
+    def visible_keys(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Drop keys, and return keys and values ``[B, G, K, D]`` with their positions, int64 ``[1 or B, K]``.
+
+        Positions are those of each row without its padding; -1 where a row holds fewer keys than others.
+        """
+        assert self.kept is not None
+        self._drop()
+        return self.keys, self.values, self.kept.positions(self._rows)
+
+    def extend(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Add keys and values ``[B, G, N, D]`` of tokens without padding that were computed with another cache.
+
+        What no token behind them sees is dropped, and may have any value.
+        """
+        assert self.kept is not None
+        self.update(key_states, value_states)
+        rows = self._rows
+        if rows is not None:
+            more = rows.segments.new_zeros(len(rows.segments), key_states.shape[2])
+            rows = Rows.of(torch.cat([rows.segments, more], 1), self._tokens)
+        self.settle(self.kept.heads, rows)
+        self._drop()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and the offset of the mask: it covers all tokens, also those that are dropped."""
         return self._tokens + query_length, 0

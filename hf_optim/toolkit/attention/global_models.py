@@ -159,11 +159,11 @@ def global_tokens_of(settings: Mapping[str, Any], given: Mapping[str, Any], mark
         found = found | torch.isin(ids, torch.tensor(chosen, dtype=ids.dtype, device=ids.device))
     if marks is not None:
         marks = marks.flatten(0, -2) if marks.dim() > 2 else marks  # of several choices
-        if marks.shape != found.shape or not bool(((marks == 0) | (marks == 1)).all()):
-            raise ValueError(
-                f"{MARKS} has 1 for global tokens and 0 for others, in the shape {tuple(found.shape)} of the batch; "
-                f"this one has the shape {tuple(marks.shape)}"
-            )
+        told = f"{MARKS} has 1 for global tokens and 0 for others, in the shape {tuple(found.shape)} of the batch"
+        if marks.shape != found.shape:
+            raise ValueError(f"{told}; this one has the shape {tuple(marks.shape)}")
+        if bool((others := (marks != 0) & (marks != 1)).any()):
+            raise ValueError(f"{told}; this one has {marks[others][0].item()}")
         found = found | marks.to(found.device).bool()
     return BatchGlobals.of(found & valid)
 

@@ -158,6 +158,18 @@ class Kept:
             seen = seen.gather(3, index[:, None, None, :].expand(*seen.shape[:3], -1))
         return Reading(index, places, None if bool(seen.all()) else seen)
 
+    def positions(self, rows: Rows | None) -> Tensor:
+        """Return the position of each held token in its row, int64 ``[1 or B, K]``; -1 for padding and none."""
+        positions, valid = self._located(rows)
+        return torch.where(valid, positions, -1)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, rows: Rows | None, mask: Tensor | None,
+        dropout: float,
+    ) -> Tensor:  # fmt: skip
+        """Return ``kept_attention`` over these tokens."""
+        return kept_attention(query, key, value, self, scale, rows, mask, dropout)
+
     def _located(self, rows: Rows | None) -> tuple[Tensor, Tensor]:
         """Return the position of each held token in its row without padding, and True where there is one."""
         valid = self.places >= 0
@@ -236,7 +248,9 @@ def kept_attention(
         if bias is not None:
             added = bias(_distances(reading.places, start, stop, rows), None).transpose(0, 1)
             some = added if some is None else added + as_bias(some, added.dtype)
-        parts.append(_grouped(query[:, :, start - begin : stop - begin], k, v, reading.seen, some, scale, dropout))
+        parts.append(
+            grouped_product(query[:, :, start - begin : stop - begin], k, v, reading.seen, some, scale, dropout)
+        )
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
@@ -256,10 +270,13 @@ def _columns(mask: Tensor, places: Tensor) -> Tensor:
     return mask.expand(rows, -1, -1, -1).gather(3, index)
 
 
-def _grouped(
+def grouped_product(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, mask: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
-    """Compute the query heads that share a head of keys as queries of one head, so that keys are not repeated."""
+    """Return the attention of a few queries, of which those that share a head of keys are queries of one head.
+
+    So keys are not repeated. ``seen`` is bool and ``mask`` bool or additive, ``[1 or B, 1 or H, n, V]``; None for all.
+    """
     batch, heads, count, _ = query.shape
     shared = heads // key.shape[1]
     if shared > 1:

@@ -51,8 +51,8 @@ class Pattern:
         """Return True where the query at a position sees the key at a position; arguments as in ``Term.sees``."""
         return Pass(self.terms, (), self.causal).sees(query, key, length)
 
-    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
-        """Return True for keys that a query at position ``query`` or later can see."""
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
+        """Return True for keys that a query at position ``query`` or later can see; arguments as in ``Term.stays``."""
         found = torch.zeros_like(key, dtype=torch.bool)
         for term in self.terms:
             found = found | term.stays(key, query, length)

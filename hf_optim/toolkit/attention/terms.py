@@ -43,16 +43,17 @@ class Term:
         """
         raise NotImplementedError
 
-    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
         """Return True for keys that a query at position ``query`` or later can see; True for all is always right.
 
-        ``length`` is the largest number of tokens that the row can get, 2^31 - 1 where it has no limit.
+        ``query`` is a number, or one for each key. ``length`` is the largest number of tokens that the row can get,
+        2^31 - 1 where it has no limit.
         """
         return torch.ones_like(key, dtype=torch.bool)
 
-    def fullest(self, length: int) -> list[int]:
-        """Return the numbers of tokens below ``length`` at which most keys can stay, if the number falls at times."""
-        return []
+    def most_seen(self, length: int) -> int:
+        """Return how many keys a query of a causal row sees at most; ``length``, that of the row, is always right."""
+        return length
 
     def orders(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Return the tokens in the order of query places and of key places, in which the term has empty blocks.
@@ -119,10 +120,13 @@ class Band(Term):
             high = torch.minimum(high, last + self.after // self.step + 1)
         return [(low, high)]
 
-    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
         if self.before is None:
             return super().stays(key, query, length)
         return key >= query - self.before
+
+    def most_seen(self, length: int) -> int:
+        return (length - 1 if self.before is None else min(self.before, length - 1)) // self.step + 1
 
     def orders(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         if self.step == 1:
@@ -163,12 +167,11 @@ class Chunks(Term):
         high = ((last - self.start) // self.size + 1) * self.size + self.start
         return [(low, torch.where(last >= self.start, high, low))]
 
-    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
         return (key >= self.start) & (key >= (query - self.start) // self.size * self.size + self.start)
 
-    def fullest(self, length: int) -> list[int]:
-        # Before the last token of a chunk.
-        return [length - (length - self.start) % self.size - 1] if length >= self.start + self.size else []
+    def most_seen(self, length: int) -> int:
+        return min(self.size, length)
 
 
 @dataclass(frozen=True)
@@ -204,14 +207,13 @@ class ShiftedChunks(Term):
             ((low + moved) * self.size, torch.where(low < shift, (before + moved + 1) * self.size, 0)),
         ]
 
-    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
         if self.wraps:
             return super().stays(key, query, length)
-        return key >= max(0, query // self.size - self.shift) * self.size
+        return key >= (query // self.size - self.shift) * self.size
 
-    def fullest(self, length: int) -> list[int]:
-        # Before the last token of a chunk.
-        return [] if self.wraps or length < self.size else [length - length % self.size - 1]
+    def most_seen(self, length: int) -> int:
+        return min(self.size, length)
 
 
 @dataclass(frozen=True)
@@ -228,12 +230,11 @@ class Segments(Term):
     def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
         return [(first // self.size * self.size - self.memory, (last // self.size + 1) * self.size)]
 
-    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
         return key >= query // self.size * self.size - self.memory
 
-    def fullest(self, length: int) -> list[int]:
-        # Before the last token of a segment.
-        return [length - length % self.size - 1] if length >= self.size else []
+    def most_seen(self, length: int) -> int:
+        return min(self.size + self.memory, length)
 
     def holds_all(self, length: int, causal: bool) -> bool:
         reaches_back = (length - 1) // self.size * self.size <= self.memory
@@ -261,8 +262,11 @@ class Columns(Term):
         count = length // self.period * self.width + min(self.width, max(0, rest))
         return [(torch.zeros_like(first), torch.full_like(last, count))]
 
-    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
         return self.holds(key)
+
+    def most_seen(self, length: int) -> int:
+        return min(-(-length // self.period) * self.width, length)
 
     def orders(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         tokens = torch.arange(length, device=device)
@@ -319,16 +323,17 @@ class GlobalTokens(Term):
             found.append((zero, torch.where(whole, length, 0)))
         return found
 
-    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
-        # A later global token sees everything; the last tokens of a row that grows are not known.
-        later = self.last > 0 or query < self.first or any(place >= query for place in self.positions)
-        if later and (self.see or self.last):
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
+        if self.last:  # of a row that grows, they are not known
             return super().stays(key, query, length)
-        return self.holds(key, length) if self.seen else torch.zeros_like(key, dtype=torch.bool)
+        found = self.holds(key, length) if self.seen else torch.zeros_like(key, dtype=torch.bool)
+        # A later global token sees everything.
+        return found | (query <= max((self.first - 1, *self.positions))) if self.see else found
 
-    def fullest(self, length: int) -> list[int]:
-        # Before the last tokens that see all.
-        return [place for place in (self.first - 1, *self.positions) if place <= length] if self.see else []
+    def most_seen(self, length: int) -> int:
+        if self.last or (self.see and self.positions):
+            return length
+        return min(self.first + len(set(self.positions)), length)
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:

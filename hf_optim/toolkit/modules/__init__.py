@@ -12,6 +12,7 @@ from . import (
     tied_blocks,
     transplant,
 )
+from .captured_forward import CapturedForward, captured
 from .coded_experts import CodedExperts
 from .compare import main_output, output_difference, rounding_tolerance
 from .grouped_experts import grouped_where_it_fits
@@ -26,6 +27,7 @@ from .tied_blocks import Passage, Step, TiedModel, block_of_step, hidden_and_res
 
 __all__ = [
     "Branch",
+    "CapturedForward",
     "CodedExperts",
     "Passage",
     "RefusedByStock",
@@ -35,6 +37,7 @@ __all__ = [
     "ThreadValue",
     "TiedModel",
     "block_of_step",
+    "captured",
     "coded_experts",
     "eval_mode",
     "grouped_experts",

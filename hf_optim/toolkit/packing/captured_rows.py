@@ -13,7 +13,6 @@ import itertools
 import math
 import threading
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import graph_capture
+from ..modules.captured_state import Addresses, addresses_of, are_there, has_global_hooks, how_wrong, why_not
 from ..modules.fingerprint import fingerprint
 from . import interface, per_document
 from .documents import Documents
@@ -33,8 +33,6 @@ OUTPUTS = ("last_hidden_state", "pooler_output")
 # Graphs of one encoder; sizes that are remembered as met once; forwards after which an unused graph gives way. Of more
 # sizes than graphs, all in use, the first stay: a capture takes longer than the launches that it saves once.
 KEPT, REMEMBERED, UNUSED = 32, 256, 512
-# How far a replayed result may be from the launched one, root mean square: other sizes of products round otherwise.
-TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Graph:
     outputs: Any
     replay: Callable[[], None]
     state: int
-    addresses: list[tuple[weakref.ref[nn.Module], list[tuple[str, str, int]]]]
+    addresses: Addresses
     pool: Any
     used: int = 0
 
@@ -85,19 +83,6 @@ class Graph:
             held[:, : row[name].shape[1]].copy_(row[name])
         bounds = torch.tensor(sizes.bounds(lengths), dtype=torch.int32)
         self.cu.copy_(bounds.pin_memory() if self.cu.is_cuda else bounds, non_blocking=True)
-
-    def reads_what_it_read(self) -> bool:
-        """Return True if the weights are still at their addresses. This reads no module's settings, so it is fast."""
-        for reference, known in self.addresses:
-            module = reference()
-            if module is None:
-                return False
-            held = vars(module)
-            for kind, name, address in known:
-                tensor = held[kind].get(name)
-                if tensor is None or tensor.data_ptr() != address:
-                    return False
-        return True
 
 
 class CapturedRows:
@@ -150,7 +135,7 @@ class CapturedRows:
         key = sizes, torch.is_inference_mode_enabled(), documents.cu.device, *_settings(row)
         graph = self.graphs.get(key)
         self._forwards += 1
-        if graph is not None and not graph.reads_what_it_read():
+        if graph is not None and not are_there(graph.addresses):
             self.graphs.clear()
             graph = None
         if graph is None:
@@ -217,13 +202,11 @@ class CapturedRows:
 
     def _keep(self, key: Any, graph: Graph, found: Any, expected: Any) -> str:
         """Keep a graph if its result is right, and return what is wrong with it otherwise."""
-        right, got = expected.last_hidden_state.double(), found.last_hidden_state.double()
-        off = float((got - right).norm() / right.norm().clamp_min(1e-30))
-        bound = TOLERANCE.get(expected.last_hidden_state.dtype, 1e-4)
-        if not math.isfinite(float(right.norm())):
-            return ""  # nothing that a result could be held against: the next batch of these sizes is tried
-        if not off <= bound:
-            return f"the result of its graph is off by {off:.1e}"
+        wrong = how_wrong(found.last_hidden_state, expected.last_hidden_state)
+        if wrong is None:
+            return ""  # the next batch of these sizes is tried
+        if wrong:
+            return wrong
         graph.used = self._forwards
         self.graphs[key] = graph
         return ""
@@ -281,43 +264,6 @@ def is_fit(encoder: nn.Module, row: dict[str, Any], documents: Documents) -> boo
             return False
     wanted = row.get("output_hidden_states")
     return not (config.output_hidden_states if wanted is None else wanted)
-
-
-def has_global_hooks() -> bool:
-    """Return True if there are hooks of all modules of the process."""
-    return bool(torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks)
-
-
-def why_not(encoder: nn.Module) -> str:
-    """Return why replays of an encoder would leave something out, or ``""``."""
-    devices = {parameter.device for parameter in encoder.parameters()}
-    if len(devices) > 1:
-        return f"its weights are on several devices ({', '.join(sorted(map(str, devices)))})"
-    if has_global_hooks():
-        return "there are hooks of all modules, which a replay does not call"
-    for name, module in encoder.named_modules():
-        if module is not encoder and (module._forward_hooks or module._forward_pre_hooks):
-            return f"{name} has hooks, which a replay does not call"
-        if module.training:
-            return f"{name} is in training mode, in which it may draw numbers"
-        if any(".toolkit.offloading" in each.__module__ for each in type(module).__mro__):
-            return f"{name or 'it'} is offloaded"
-    return ""
-
-
-def addresses_of(encoder: nn.Module) -> list[tuple[weakref.ref[nn.Module], list[tuple[str, str, int]]]]:
-    """Return the modules that hold tensors: for each, which dict, which name, and the address."""
-    found = []
-    for module in encoder.modules():
-        known = [
-            (kind, name, tensor.data_ptr())
-            for kind in ("_parameters", "_buffers")
-            for name, tensor in vars(module)[kind].items()
-            if tensor is not None
-        ]
-        if known:
-            found.append((weakref.ref(module), known))
-    return found
 
 
 def _settings(row: dict[str, Any]) -> list[Any]:

@@ -189,12 +189,16 @@ class Centroids(nn.Module):
         self._pending, self._exact, self._fitted = None, None, False
         super()._load_from_state_dict(*args, **kwargs)
 
+    def used(self) -> Tensor:
+        """Return the centroids ``[G, C, D]`` of this forward."""
+        return self.weight if self._used is None else self._used
+
     def near(self, points: Tensor) -> Tensor:
         """Return the cosine of directions ``[R, H, P, D]`` with the centroids of their heads, ``[R, H, P, C]``.
 
         Heads of queries that share a key head share its centroids.
         """
-        weight = (self.weight if self._used is None else self._used).to(points)
+        weight = self.used().to(points)
         each = points.unflatten(1, (weight.shape[0], -1))
         return torch.einsum("rgspd,gcd->rgspc", each, weight).flatten(1, 2)
 

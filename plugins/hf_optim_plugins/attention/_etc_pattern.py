@@ -49,16 +49,23 @@ class GlobalLocal(Term):
 
     def _span(self, position: Tensor, length: int) -> Tensor:
         """Return how many global tokens there are up to a position."""
-        tokens, end = self.tokens, torch.as_tensor(length, device=position.device) - self.tokens.last
+        tokens, end = self.tokens, length - self.tokens.last
+        last = end.clamp_min(tokens.first) if isinstance(end, Tensor) else max(end, tokens.first)
         count = (position + 1).clamp_max(tokens.first)
         for place in sorted(set(tokens.positions)):
             if place >= tokens.first:
                 count = count + ((position >= place) & (place < end)).long()
-        return count + (position - end.clamp_min(tokens.first) + 1).clamp_min(0)
+        return count + (position - last + 1).clamp_min(0)
 
     def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
         near = Band(self.radius, self.radius).spans(first, last, length) if self.pieces.l2l else []
         return near + self.tokens.spans(first, last, length)
+
+    def stays(self, key: Tensor, query: int | Tensor, length: int) -> Tensor:
+        return (key >= query - self.radius) | self.tokens.stays(key, query, length)
+
+    def most_seen(self, length: int) -> int:
+        return min(self.radius + 1 + self.tokens.most_seen(length), length)
 
     def holds_all(self, length: int, causal: bool) -> bool:
         return self.pieces == Pieces() and self.radius >= length - 1

@@ -72,35 +72,50 @@ def positive_by_kernel(
     return out, PositiveSums(*after) if after is not None else None
 
 
-# Above any denominator: the kernel then divides by this constant, and what comes back are sums, which ``rfa_attention``
-# divides by its own rule. A power of two divides exactly.
-NEVER_REACHED = 2.0**32
+class TrigSums(NamedTuple):
+    """What is kept of the tokens of each row.
 
-
-def trig_sums_by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, causal: bool, log_gate: Tensor | None,
-    valid: Tensor | None, sums: Tensor | None, keeps: bool,
-) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
-    """Return ``phi(q_t) S_t`` and the sums after the last token, as ``causal_sums`` does; None if no kernel does.
-
-    Args:
-        query, key: what is multiplied with W, in the dtype of the model.
-        value: with a last column of ones.
-        weight: W, without a gradient.
-        causal, log_gate, valid: as in ``rfa_attention``.
-        sums: ``[R, G, 2 M, D + 1]`` of the tokens before, which a step brings up to date in place.
-        keeps: the sums after these tokens are for later ones.
+    Attributes:
+        sums: ``[R, G, 2 M, D]`` of products of features and values, float32 or float64.
+        features: ``[R, G, 2 M]``: sums of features.
+        total: float64 ``[R, G]``: the weight of the tokens, w.
     """
-    if query.dtype == torch.float16:  # a quotient by so large a constant would vanish
-        return None
-    module = _linear_kernel_for(query, key, value, weight, keeps or sums is not None)
+
+    sums: Tensor
+    features: Tensor
+    total: Tensor
+
+
+LEAST_WEIGHT = 1e-30  # of tokens: a row without any is divided by what is above zero
+
+
+def trig_by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, scale: Tensor, causal: bool, floor: float,
+    least_norm: float, log_gate: Tensor | None, valid: Tensor | None, totals: tuple[Tensor, Tensor],
+    state: TrigSums | None, keeps: bool,
+) -> tuple[Tensor, TrigSums | None] | None:  # fmt: skip
+    """Return what ``rfa_attention`` returns, of the kernel; None if it does not compute these tensors.
+
+    It has no gradient of W. A single token brings the given sums up to date in place. ``totals`` are those of
+    ``weights_of_tokens``; ``least_norm`` is added to norms.
+    """
+    module = _linear_kernel_for(query, key, value, weight, keeps or state is not None)
     if module is None:
         return None
-    settings = module.Settings("trig", 1.0, causal, NEVER_REACHED)
+    settings = module.Settings("trig", 1.0, causal, floor, least_norm)
+    shape = (*key.shape[:2], query.shape[2])
+    amounts = totals[0].to(torch.promote_types(query.dtype, torch.float32)).clamp_min(LEAST_WEIGHT).expand(shape)
     before = None
-    if sums is not None:
-        before = module.State(sums, sums[..., -1].contiguous(), sums.new_zeros(sums.shape[:2]))
+    if state is not None:
+        before = module.State(state.sums, state.features, state.sums.new_zeros(shape[:2]))
     if before is not None and query.shape[2] == 1 and valid is None and not torch.is_grad_enabled():
-        return module.step(query, key, value, weight, settings, before, log_gate) * NEVER_REACHED, sums
-    out, after = module.linear_attention(query, key, value, weight, settings, valid, log_gate, before, True)
-    return out * NEVER_REACHED, after.state
+        rows = weight * scale[:, None]
+        return module.step(query, key, value, rows, settings, before, log_gate, amounts), TrigSums(
+            before.state, before.sums, totals[1]
+        )
+    out, after = module.linear_attention(
+        query, key, value, weight, settings, valid, log_gate, before, keeps, amounts, scale
+    )
+    if valid is not None:
+        out = out.masked_fill(~valid[:, None, :, None], 0)
+    return out, None if after is None else TrigSums(after.state, after.sums, totals[1])

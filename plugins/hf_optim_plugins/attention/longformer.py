@@ -47,7 +47,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode
 
-from . import _longformer_pattern, _stock_longformer
+from . import _longformer_pattern, _stock_led, _stock_longformer
 from ._attach import alike_as_one, attach, layer_patterns, remote_code_of, require_encoder, require_interface
 from ._token_fields import TokenTechnique, global_places, require_tokens, token_settings
 
@@ -80,7 +80,8 @@ class Longformer(TokenTechnique):
         global_token_ids: all tokens with these ids are global, such as that of [SEP].
         global_projections: global tokens get queries, keys and values of their own, first copies of the others: as many
             parameters again in each layer as these have. A stock Longformer keeps its own.
-        stock_class: make transformers' Longformer of a BERT or RoBERTa.
+        stock_class: make transformers' Longformer of a BERT or RoBERTa, and its LED of a BART, whose encoder alone has
+            windows.
     """
 
     window: int | None = option(None, low=2)
@@ -121,7 +122,17 @@ class Longformer(TokenTechnique):
     def reload(self) -> Reload:
         return Reload.STOCK_ARCH if self.stock_class else Reload.REMOTE_CODE
 
+    def _makes_led(self, config: PretrainedConfig) -> bool:
+        return self.stock_class and config.model_type == _stock_led.TYPE
+
+    @hookimpl
+    def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        return None if self._makes_led(run.config) else super().prepare_load(run, load_kwargs)
+
     def check_model(self, model: PreTrainedModel, label: str) -> None:
+        if self._makes_led(model.config):
+            _stock_led.require_bart(model, label)
+            return
         if model.config.model_type == _stock_longformer.TYPE:
             if self.stock_class:
                 raise ModelError(f"{label}: {type(model).__name__} is transformers' Longformer already")
@@ -144,7 +155,8 @@ class Longformer(TokenTechnique):
         model, label = run.model, run.label(self)
         settings = self.settings(model.config, label)
         if self.stock_class:
-            made = _stock_longformer.to_stock(model, settings["windows"][0], label)
+            convert = _stock_led.to_led if self._makes_led(model.config) else _stock_longformer.to_stock
+            made = convert(model, settings["windows"][0], label)
             run.record.reload = Reload.STOCK_ARCH.name
             length = model.config.max_position_embeddings
             place = torch.arange(length)

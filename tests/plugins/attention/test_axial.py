@@ -117,6 +117,7 @@ def test_long_rows_by_blocks(axes):
         )
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("lines", [(1, 5), (5, 1)])
 def test_a_grid_of_one_row_or_column_is_full_attention_to_the_bit(axes, lines):

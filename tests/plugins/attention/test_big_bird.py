@@ -135,6 +135,7 @@ def _as_bert(state):
     return {name.replace("pooler.", "pooler.dense."): value for name, value in state.items()}
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("length", [16, 88, 131])
 @pytest.mark.parametrize("random", [0, 2])
 def test_tf_eval_with_padding_is_each_row_alone(random, length):

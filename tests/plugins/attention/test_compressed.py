@@ -131,6 +131,7 @@ def test_queries_are_computed_in_groups(build, local, dense_oracle, monkeypatch)
         torch.testing.assert_close(found[1, 6:], body(IDS[1:, 6:])[0][0], rtol=0, atol=1e-11)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("build", [*DECODERS, tiny_bert])
 @pytest.mark.parametrize("fields", [{"stride": 1}, {"stride": 5, "local": 23}])
 def test_windows_of_one_token_and_an_all_local_part_are_full_attention_to_the_bit(build, fields):
@@ -139,6 +140,7 @@ def test_windows_of_one_token_and_an_all_local_part_are_full_attention_to_the_bi
         assert torch.equal(model(IDS).logits, build()(IDS).logits)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("local", [0, 2])
 @pytest.mark.parametrize("build", DECODERS)
 def test_nothing_comes_from_the_future(build, local):
@@ -179,6 +181,7 @@ def test_packed_documents_are_rows_alone():
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize(("build", "local"), [(tiny_llama, 0), (tiny_gpt2, 2), (tiny_opt, 5)])
 def test_generation_with_a_cache_is_generation_without(build, local, more):

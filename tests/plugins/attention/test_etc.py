@@ -10,6 +10,8 @@ from attention_oracle import LONG, MODELS, assert_same, batch, bert, by_blocks, 
 
 import hf_optim
 from hf_optim import ModelError, RecipeError
+from hf_optim.toolkit.attention import GlobalTokens, Pieces
+from hf_optim_plugins.attention import _etc_pattern
 
 PIECES = ("g2g", "g2l", "l2g", "l2l")
 OFF = [{}, {"g2g": False}, {"g2l": False}, {"l2g": False}, {"l2l": False}, {"hard_g2l": True}]
@@ -123,3 +125,18 @@ def test_damaged_settings_are_refused(damage):
     converted.config.attention_pattern = {**converted.config.attention_pattern, **damage}
     with pytest.raises(ValueError, match="the attention pattern has"):
         converted(**batch(converted)[0])
+
+
+@pytest.mark.parametrize("tokens", [GlobalTokens(2), GlobalTokens(1, positions=(9, 30)), GlobalTokens()])
+@pytest.mark.parametrize("off", ["", "g2l", "l2g", "l2l", "hard_g2l"])
+def test_a_cache_gives_up_what_no_later_token_sees(tokens, off):
+    on = Pieces(*(name != off for name in _etc_pattern.PIECES), own_span=off == "hard_g2l")
+    term, place = _etc_pattern.GlobalLocal(tokens, 4, on), torch.arange(48)
+    seen = term.sees(place[:, None], place, 48) & (place[:, None] >= place)
+    for count in (1, 5, 12, 31, 47):
+        kept = term.stays(place[:count], count, 2**31 - 1)
+        assert not bool((seen[count:, :count].any(0) & ~kept).any())
+        if count > 31:  # no global token is ahead
+            assert int(kept.sum()) == len({*range(count - 4, count), *range(tokens.first), *tokens.positions})
+    for length in (1, 9, 48):
+        assert int(seen[:length].sum(1).max()) <= term.most_seen(length) <= length

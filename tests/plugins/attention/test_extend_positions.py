@@ -68,6 +68,7 @@ def extended(model, *more, **fields):
     return hf_optim.optimize(model, [{"technique": "extend_positions", "length": 150, **fields}, *more])
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("family", TABLES)
 def test_copying_changes_nothing_up_to_the_old_length_and_repeats_after_it(family):
     build, name, offset, configured = TABLES[family]
@@ -142,6 +143,7 @@ def tiny_neox():
     return seeded(GPTNeoXForCausalLM, GPTNeoXConfig(**fields))
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "dynamic"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_neox])
 def test_rotary_frequencies_are_the_formulas(build, method):

@@ -8,6 +8,10 @@ import pytest
 import torch
 from attention_oracle import LONG, MODELS, assert_same, batch, bert, by_blocks, llama, roberta
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    BartModel,
     LongformerConfig,
     LongformerForMultipleChoice,
     LongformerForQuestionAnswering,
@@ -173,6 +177,51 @@ def test_the_stock_class_computes_the_same(name, tmp_path, stock):
     torch.testing.assert_close(reloaded.output[at], found[at], rtol=0, atol=0)
 
 
+def bart(model_class=BartForConditionalGeneration, **fields):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 64, "init_std": 0.3}
+    model = model_class(BartConfig(**{**sizes, **heads, "max_position_embeddings": 40, **fields})).eval()
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("model_class", [BartModel, BartForConditionalGeneration])
+def test_a_bart_becomes_transformers_led_whose_encoder_has_windows(model_class, tmp_path, stock):
+    model = bart(model_class).double()
+    theirs = convert(model, stock_class=True)
+    assert type(theirs).__name__ == model_class.__name__.replace("Bart", "LED")
+    assert hf_optim.run_of(theirs).record.reload == "STOCK_ARCH"
+    generator = torch.Generator().manual_seed(1)
+    ids, told = (torch.randint(3, 60, (2, count), generator=generator) for count in (39, 7))
+    valid = torch.arange(39) < torch.tensor([[39], [23]])
+    inputs = {"input_ids": ids, "attention_mask": valid.long(), "decoder_input_ids": told}
+    with torch.no_grad():
+        seen = mask(valid, torch.zeros_like(valid), 3) | ~valid[:, None, :, None]  # no row of padding without keys
+        states = model.get_encoder()(ids, attention_mask=seen)
+        more = {"attention_mask": valid.long(), "decoder_input_ids": told}
+        expected, full = model(encoder_outputs=states, **more)[0], model(**inputs)[0]
+        found = theirs(**inputs)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # its softmax is in float32
+    assert float((found - full).abs().max()) > 1e-2
+    theirs.float().save_pretrained(tmp_path)
+    auto = "AutoModel" if model_class is BartModel else "AutoModelForSeq2SeqLM"
+    reloaded = stock.load(tmp_path, auto, inputs)
+    assert not reloaded.missing
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded.output, theirs(**inputs)[0], rtol=0, atol=0)
+
+
+def test_a_bart_that_led_does_not_express_is_refused():
+    with pytest.raises(ModelError, match="does not express BartForSequenceClassification"):
+        convert(bart(BartForSequenceClassification), stock_class=True)
+    with pytest.raises(ModelError, match="does not scale embeddings"):
+        convert(bart(scale_embedding=True), stock_class=True)
+    with pytest.raises(ModelError, match="cross-attention"):
+        convert(bart())
+
+
 def test_a_checkpoint_with_projections_and_ids_outlives_the_tool(tmp_path, stock):
     converted = convert(bert().float(), global_token_ids=[SEP], global_projections=True)
     with torch.no_grad():
@@ -186,6 +235,14 @@ def test_a_checkpoint_with_projections_and_ids_outlives_the_tool(tmp_path, stock
     reloaded = stock.load(tmp_path, "AutoModelForSequenceClassification", inputs, trust_remote_code=True)
     assert not reloaded.missing
     torch.testing.assert_close(reloaded.output, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("marks", "words"), [(torch.ones(2, 5), r"has the shape \(2, 5\)"), (torch.full((2, 31), 2), "this one has 2")]
+)
+def test_marks_of_other_shapes_and_values_are_refused(marks, words):
+    with pytest.raises(ValueError, match=words):
+        convert(bert())(torch.full((2, 31), 5), global_attention_mask=marks)
 
 
 def test_the_body_alone_finds_global_tokens_and_a_part_of_it_says_that_it_cannot():

@@ -53,6 +53,7 @@ def logits(model, ids=IDS, **inputs):
         return model(ids, **inputs).logits
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_no_token_sees_a_later_one(name, family, monkeypatch):

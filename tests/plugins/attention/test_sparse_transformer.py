@@ -31,6 +31,7 @@ def fixed_rotated_by_head(i, j, layer, head, count):
     return j % L in ((10, 11), (8, 9))[head // 2 % 2]
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     ("family", "fields", "formula"),
     [
