@@ -30,6 +30,7 @@ FOLDER = Path(os.environ.get("SCRATCH", "/var/tmp/offload"))
 GIB = 1 << 30
 STARTED = time.perf_counter()
 LIMIT = float(os.environ.get("LIMIT", "125"))
+HOST = os.environ.get("HOST", "4GiB")  # beside some 1.6 GB of Python, CUDA and its libraries
 section = Sections("offload-h200.json")
 torch.set_grad_enabled(False)
 
@@ -258,6 +259,7 @@ load = time.perf_counter() - started
 from offload import row
 out = row(model, 4, {expected!r}, load_s=load)
 out |= {{'rss_before': rss, 'rss_peak': status('VmHWM'), 'page_cache_growth': cached() - base}}
+out |= {{'rss_anonymous': status('RssAnon'), 'rss_files': status('RssFile')}}
 print('RESULT ' + json.dumps(out))
 """
 
@@ -275,12 +277,12 @@ def write_rate(size=GIB // 2):
 
 @section("disk")
 def disk():
-    """A checkpoint on disk, within 6 GiB of host memory and 4 GiB of the device."""
+    """A checkpoint on disk, within 4 GiB of the device; weights in host memory within ``HOST``."""
     if time_left() < 25 and not TINY:
         return "left out: no time"
     rate = write_rate()
     # Writing, reading once while loading, and four passes.
-    layers, host = (32, "6GiB") if 16.1e9 / rate + 35 < time_left() else (12, "2GiB")
+    layers, host = (32, HOST) if 16.1e9 / rate + 35 < time_left() else (12, "2GiB")
     print(f"disk: {rate / 1e9:.2f} GB/s written, {layers} layers, {time_left():.0f} s left", flush=True)
     model = build(layers)
     expected, _ = decode(model, 4)

@@ -31,10 +31,12 @@ def page(projections: Mapping[str, Any], terraformer: Mapping[str, Any]) -> str:
 
 def losses(part: Mapping[str, Any]) -> str:
     """Return the section on losses."""
-    lines = [
-        f"| {name} | {part['weights'][name]:,} | {part['weights_of_attention'][name]:,} | {loss:.3f} |"
-        for name, loss in part["loss"].items()
-    ]
+    lines = []
+    for name, loss in part["loss"].items():
+        each = [row["loss"] for row in part["rows"] if row["variant"] == name]
+        spread = f" ({min(each):.3f} to {max(each):.3f})" if len(each) > 1 else ""
+        weights = f"{part['weights'][name]:,} | {part['weights_of_attention'][name]:,}"
+        lines.append(f"| {name} | {weights} | {loss:.3f}{spread} |")
     seeds = len({row["seed"] for row in part["rows"]})
     several = f"means over {seeds} seeds" if seeds > 1 else "one seed"
     return f"""## Loss at equal steps

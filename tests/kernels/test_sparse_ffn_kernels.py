@@ -134,6 +134,28 @@ def test_the_kernels(case, tiles, device):
 
 
 @on_triton
+@pytest.mark.parametrize("tiles", [SMALL._replace(programs=5), Tiles(programs=3)])
+@pytest.mark.parametrize("case", ["plain", "gated", "by the softmax", "odd sizes"])
+def test_rows_of_both_matrices_in_one_launch(case, tiles, device):
+    ffn = made(device, torch.float32, **CASES[case])
+    x, given = tokens(ffn, 2), layer.layer_of(ffn)
+    expected = expected_of(ffn, x)
+    for early in (False, True) if device == "cuda" else (False,):
+        found = launch.sparse_ffn(x, given, tiles._replace(early=early))
+        assert relative(found.cpu(), expected) < BOUND[torch.float32]
+        alone = launch.sparse_ffn(x[1:].contiguous(), given, tiles._replace(early=early))
+        assert torch.equal(alone, found[1:])
+
+
+@on_triton
+def test_codes_are_not_joined(device):
+    ffn = made(device, torch.float32, **CASES["int8"])
+    x, given = tokens(ffn, 2), layer.layer_of(ffn)
+    assert not launch.can_join(given, Tiles(programs=3))
+    assert torch.equal(launch.sparse_ffn(x, given, Tiles(programs=3)), launch.sparse_ffn(x, given, Tiles()))
+
+
+@on_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernels_in_16_bits(dtype, device):
     ffn = made(device, dtype, bits=8, gated=True, act="silu")

@@ -15,16 +15,20 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5, tiny_vit
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
+import hf_optim
 from hf_optim import CheckpointError, ModelError, RecipeError
 from hf_optim.toolkit.compat import CACHE
 from hf_optim.toolkit.exits import (
@@ -582,3 +586,18 @@ def test_places_of_exits_are_found_in_a_model_without_weights():
     with torch.device("meta"):
         empty = type(whole)(whole.config)
     assert find_structure(empty) == find_structure(whole)
+
+
+@pytest.mark.parametrize("heads", ["shared", "own"])
+def test_exits_of_the_public_function_are_saved_with_the_model(heads, tmp_path):
+    model = made(LlamaForCausalLM, LlamaConfig(**SMALL))
+    exits = hf_optim.attach_exits(model, ExitSettings(layers=(0,), heads=heads))
+    for parameter in exits.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    expected = run_to_exit(model, 0, input_ids=IDS).output.logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
+    assert torch.equal(run_to_exit(again, 0, input_ids=IDS).output.logits, expected)
+    detach_exits(model)
+    model.save_pretrained(tmp_path)
+    assert exits_of(AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")) is None

@@ -16,6 +16,7 @@ from typing import Any
 
 HOME = Path(__file__).resolve().parents[3] / "model_cards" / "measurements"
 NAME = "several-gpus-h200"
+EQUAL_CODES = 0.999  # the goal of calibration over ranks, of all codes
 Results = dict[str, dict[str, Any]]
 
 
@@ -128,7 +129,13 @@ def generation(results: Results, names: list[str], title: str, job: str) -> str:
     held = [one for key, one in sorted(results.items()) if "rows" in one and one.get("name") in names]
     if not held:
         return missing(title, job, results)
-    text = f"## {title}\n\n`tensor_parallel.py`; milliseconds a token; efficiency is t(1) / (N t(N)).\n\n"
+    shapes = {
+        "8b": "8 layers of Llama-3-8B's widths",
+        "70b": "4 layers of Llama-3-70B's widths",
+        "qwen3moe": "4 layers of Qwen3-30B-A3B's widths",
+    }
+    shown = ", ".join(text for shape, text in shapes.items() if any(one["name"].startswith(shape) for one in held))
+    text = f"## {title}\n\n`tensor_parallel.py`: {shown}; milliseconds a token; efficiency is t(1) / (N t(N)).\n\n"
     alone = {
         (one["name"], row["way"], row["batch"]): row["ms_per_token"]
         for one in held
@@ -140,6 +147,9 @@ def generation(results: Results, names: list[str], title: str, job: str) -> str:
     for one in held:
         if "error" in one:
             lines.append((one["name"], one["ranks"], "-", "-", short(one["error"]), "-", "-", "-"))
+        elif not one["rows"]:  # the run ended after the comparison
+            memory = f"{one.get('gib_after_load', '-')} / -"
+            lines.append((one["name"], one["ranks"], "-", "-", "not timed", "-", "-", memory))
         for row in one["rows"]:
             first = [one["name"], one["ranks"], row["way"], row["batch"]]
             if "error" in row:
@@ -200,7 +210,8 @@ def calibration(results: Results) -> str:
         if (same := one.get("beside_one_rank")) is not None:
             text += (
                 f"\n{one['ranks']} GPUs beside one: {same['equal_share']:.4%} of {same['codes']} codes are equal (worst "
-                f"layer {same['equal_share_of_worst_layer']:.4%}); scales {'equal' if same['scales_equal'] else 'DIFFER'}.\n"
+                f"layer {same['equal_share_of_worst_layer']:.4%}); scales {'equal' if same['scales_equal'] else 'DIFFER'}. The "
+                f"goal, more than {EQUAL_CODES:.1%}, is {'met' if same['equal_share'] > EQUAL_CODES else 'MISSED'}.\n"
             )
     return text
 

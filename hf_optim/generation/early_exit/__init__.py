@@ -4,7 +4,7 @@
 threshold for a bound.
 """
 
-from .calibration import GUARANTEES, Bound, calibrate, outputs
+from .calibration import GUARANTEES, Bound, calibrate, distinct, outputs
 from .calls import EarlyExitOutput
 from .classifier import FILE, classifier_of, fit, save_classifier, set_classifier, states_and_labels
 from .distances import DISTANCES, edit_distance, rouge_l
@@ -32,6 +32,7 @@ __all__ = [
     "classifier_of",
     "custom",
     "default_layers",
+    "distinct",
     "edit_distance",
     "fit",
     "fixed_sequence",

@@ -66,7 +66,8 @@ def calibrate(
 
     Args:
         model: the decoder, with the weights that it will have.
-        prompts: tokens ``[n]`` of each prompt, all equally long; independent draws from what the guarantee is for.
+        prompts: tokens ``[n]`` of each prompt, all equally long; independent draws from what the guarantee is for. One
+            that occurs again, with the same reference, is left out: it is not a further draw.
         bound: what is to be guaranteed.
         settings: all but the threshold.
         references: tokens of each prompt's continuation, for ``"risk"``.
@@ -75,6 +76,8 @@ def calibrate(
     prompts that cannot be used.
     """
     _require(prompts, bound, references)
+    prompts, references = distinct(prompts, references)
+    _require_enough(len(prompts), bound)
     settings = replace(settings, layers=Stack(model, settings).layers, certificate=None)
     full = outputs(model, prompts, None, settings.length)
     distance = DISTANCES[bound.distance]
@@ -165,13 +168,25 @@ def _require(prompts: Sequence[Tensor], bound: Bound, references: Sequence[Tenso
         raise DataError("the prompts to calibrate on must be equally long, with at least one token")
     if bound.guarantee == "risk" and len(references) != len(prompts):
         raise DataError("a bound on the risk needs the reference of each prompt")
+
+
+def distinct(prompts: Sequence[Tensor], references: Sequence[Tensor] = ()) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return prompts and references without those that occurred before."""
+    keys = [tuple(map(int, each)) for each in prompts]
+    if references:
+        keys = [(*key, -1, *map(int, each)) for key, each in zip(keys, references, strict=True)]
+    first = sorted({key: place for place, key in reversed(list(enumerate(keys)))}.values())
+    return [prompts[place] for place in first], [references[place] for place in first] if references else ()
+
+
+def _require_enough(count: int, bound: Bound) -> None:
     least = least_examples(bound.delta, bound.epsilon)
-    if len(prompts) < least:
-        nearest = nearest_bound(0.0, len(prompts), bound.epsilon)
+    if count < least:
+        nearest = nearest_bound(0.0, count, bound.epsilon)
         raise ModelError(
-            f"{len(prompts)} prompts prove no bound of {bound.delta:g} at epsilon {bound.epsilon:g}, even without any "
-            f"loss: that takes {least}"
-            + ("" if nearest is None else f"; the lowest bound that {len(prompts)} can prove is {nearest:.3g}")
+            f"{count} different prompts prove no bound of {bound.delta:g} at epsilon {bound.epsilon:g}, even without "
+            f"any loss: that takes {least}"
+            + ("" if nearest is None else f"; the lowest bound that {count} can prove is {nearest:.3g}")
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...errors import ModelError
 from ...toolkit.compat import arguments_of_generate
 from ...toolkit.exits import exits_of
+from ...toolkit.offloading import stored_weights
 from .. import sessions
 from ..inputs import require_room
 from ..quantized_cache import with_wanted_cache
@@ -94,9 +95,10 @@ def weights_of(model: Any) -> str:
 
     A write through ``.data``, as adapters are merged, leaves a tensor's version: so some values are compared, too.
     """
-    now = (sessions.fingerprint(model), tuple(each._version for each in _tensors(model)), glance(_tensors(model)))
-    if _KNOWN.get(model, (None, ""))[0] != now:
-        _KNOWN[model] = (now, fingerprint(model))
+    with stored_weights(model):  # of an offloaded model
+        now = (sessions.fingerprint(model), tuple(each._version for each in _tensors(model)), glance(_tensors(model)))
+        if _KNOWN.get(model, (None, ""))[0] != now:
+            _KNOWN[model] = (now, fingerprint(model))
     return _KNOWN[model][1]
 
 

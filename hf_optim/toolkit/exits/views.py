@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ModelError
+from ..offloading import STATE
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -49,7 +50,8 @@ def _shallow(module: nn.Module) -> nn.Module:
             "between devices), so its blocks cannot be run in parts: load the model on one device"
         )
     made = object.__new__(type(module))
-    held = {key: value for key, value in vars(module).items() if not key.startswith("_hf_optim")}
+    # The state of an offloaded block stays: its view waits for the weights, too.
+    held = {key: value for key, value in vars(module).items() if key == STATE or not key.startswith("_hf_optim")}
     vars(made).update(held)
     if own is not None:
         vars(made)["forward"] = MethodType(own.__func__, made)

@@ -7,6 +7,9 @@ buffers on the device, or three if their number is odd.
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,17 +24,13 @@ from .links import Link, link_to
 GROWTH = 256
 
 
-def offloaded_cache(model: Any, link: Link | None = None) -> Cache:
-    """Return an empty cache whose keys and values are in pinned host memory, for ``generate`` or ``forward``.
-
-    Layers with a sliding window, which hold little, stay on the device. Outputs are those of transformers' own cache.
+def host_cache(model: Any, link: Link | None = None, quantized: Callable[[Ring], Any] | None = None) -> Cache:
+    """Return an empty cache whose keys and values are in host memory: see ``hf_optim.offloaded_cache``.
 
     Args:
         model: a decoder-only model on an accelerator.
         link: the way to its device; None for that of the device.
-
-    Raises ``ModelError`` for a model on a CPU, whose cache is in host memory already, and for one whose cache is not
-    keys and values of heads.
+        quantized: makes a layer that holds codes; None for keys and values as they are.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{model.config.model_type} has an encoder, whose keys and values are a cache of their own")
@@ -44,14 +43,12 @@ def offloaded_cache(model: Any, link: Link | None = None) -> Cache:
     odd = next((layer for layer in plain if not isinstance(layer, DynamicLayer)), None)
     if odd is not None:
         raise ModelError(f"{config.model_type} has a {type(odd).__name__}, which holds more than keys and values")
-    ring = _Ring(link)
-    layers: list[Any] = []
-    for layer in plain:
-        layers.append(ring.layer() if type(layer) is DynamicLayer else layer)
-    return Cache(layers=layers)
+    ring = Ring(link)
+    make = quantized or HostLayer
+    return Cache(layers=[make(ring) if type(layer) is DynamicLayer else layer for layer in plain])
 
 
-class _Ring:
+class Ring:
     """Buffers on the device, which layers take in turn, and the layers by their order."""
 
     def __init__(self, link: Link) -> None:
@@ -61,11 +58,15 @@ class _Ring:
         self.written: list[Any] = [None] * 3
         self.holds: list[tuple[int, Any] | None] = [None] * 3  # the layer in a slot, and the ticket of its copy
 
-    def layer(self) -> HostLayer:
-        import weakref
+    def add(self, layer: Any) -> int:
+        """Add a layer behind the others, and return its position."""
+        self.layers.append(weakref.ref(layer))
+        return len(self.layers) - 1
 
-        made = HostLayer(self, len(self.layers))
-        self.layers.append(weakref.ref(made))
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ring:
+        """Return a ring of the same link, whose layers are put in their places when they are copied."""
+        made = memo[id(self)] = Ring(self.link)
+        made.layers = [lambda: None] * len(self.layers)
         return made
 
     def slot_of(self, index: int) -> int:
@@ -73,15 +74,14 @@ class _Ring:
         count = len(self.layers)
         return 2 if count % 2 and index == count - 1 and count > 1 else index % 2
 
-    def fetch(self, layer: HostLayer) -> int:
+    def fetch(self, layer: OnHost) -> int:
         """Begin to copy what a layer holds into its slot, if it is not on its way there; return the slot."""
         slot = self.slot_of(layer.index)
         held = self.holds[slot]
         if held is not None and held[0] == layer.index:
             return slot
         memory = self.room(slot, layer.host)
-        size = layer.tokens * layer.host.shape[1]
-        ticket = None
+        size, ticket = layer.held_bytes, None
         if size:
             # Copies follow each other in both directions, so what the layer wrote last is there. The mark is behind the
             # attention of the layer that had the slot before.
@@ -94,16 +94,18 @@ class _Ring:
         memory = self.slots[slot]
         if memory is None or len(memory) < host.numel():
             held = self.holds[slot]
+            # Memory that is freed may be taken at once: nothing may still read or write it.
             self.link.finish(held[1] if held is not None else None)
+            self.link.finish(self.written[slot])
             self.slots[slot] = memory = self.link.slot(host.numel())
         return memory
 
-    def after(self, index: int) -> HostLayer | None:
+    def after(self, index: int) -> OnHost | None:
         """Return the layer after this one, in a circle."""
         found = self.layers[(index + 1) % len(self.layers)]()
         return found if found is not None and found.index != index and found.is_initialized else None
 
-    def settle(self, layer: HostLayer) -> None:
+    def settle(self, layer: OnHost) -> None:
         """Wait on the host until no copy reads or writes the host memory of a layer, which may be freed then."""
         self.link.finish(layer.written)
         held = self.holds[self.slot_of(layer.index)]
@@ -117,21 +119,69 @@ class _Ring:
             self.holds[self.slot_of(index)] = None
 
 
-class HostLayer(DynamicLayer):
+class OnHost:
+    """What layers of a ring share: copies, and that nothing is under way when one is dropped.
+
+    Attributes:
+        ring, index: the ring, and the position in it.
+        host: uint8, in host memory.
+        written: the ticket of the latest copy to ``host``.
+    """
+
+    ring: Ring
+    index: int
+    host: Tensor
+    written: Any = None
+    is_initialized: bool
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes of ``host``, from the first on, the layer needs on the device."""
+        raise NotImplementedError
+
+    def offload(self) -> None:
+        """Do nothing: it is offloaded."""
+
+    def prefetch(self) -> None:
+        """Do nothing: the layer before it fetches it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.is_initialized:
+            self.ring.settle(self)
+        made = memo[id(self)] = object.__new__(type(self))
+        for name, value in vars(self).items():
+            if name == "host" and value is not None:
+                own = self.ring.link.host(value.numel()).view(value.shape)
+                value = own.copy_(value)
+            else:
+                value = None if name == "written" else copy.deepcopy(value, memo)
+            made.__dict__[name] = value
+        made.ring.layers[self.index] = weakref.ref(made)
+        return made
+
+    def __del__(self) -> None:
+        if self.__dict__.get("is_initialized"):
+            self.ring.settle(self)
+
+
+class HostLayer(OnHost, DynamicLayer):
     """A layer whose keys and values are in host memory, token by token: ``[tokens, 2, batch, heads, channels]`` bytes.
 
     Attributes:
-        host: uint8 ``[room, bytes of a token]``.
+        host: ``[room, bytes of a token]``.
         tokens: how many it holds.
-        written: the ticket of the copy of its latest tokens to the host.
     """
 
     is_compileable = False
 
-    def __init__(self, ring: _Ring, index: int) -> None:
+    def __init__(self, ring: Ring) -> None:
         super().__init__()
-        self.ring, self.index = ring, index
-        self.tokens, self.written = 0, None
+        self.ring, self.index = ring, ring.add(self)
+        self.tokens = 0
+
+    @property
+    def held_bytes(self) -> int:
+        return self.tokens * self.host.shape[1]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if key_states.shape[:-2] != value_states.shape[:-2] or key_states.dtype != value_states.dtype:
@@ -232,9 +282,3 @@ class HostLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._rows(lambda each: each[indices.to("cpu")])
-
-    def offload(self) -> None:
-        """Do nothing: it is offloaded."""
-
-    def prefetch(self) -> None:
-        """Do nothing: the layer before it fetches it."""

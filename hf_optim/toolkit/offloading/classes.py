@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from ...errors import ModelError
 from .plan import OffloadPlan
@@ -25,18 +26,46 @@ STATE = "_hf_optim_offload"
 RESTORE = "call hf_optim.restore(model) first"
 
 
+class Absent(Tensor):
+    """Stands for a weight of a streamed block while the block does not compute.
+
+    It has shape, dtype and device of the weight, and no values: whatever reads or writes them raises ``ModelError``.
+    """
+
+    offloaded: str
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(tensor: Tensor, name: str, is_parameter: bool) -> Absent:
+        """Return what stands for a tensor with this name."""
+        made: Absent = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            Absent, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        made.offloaded = name
+        made._is_param = is_parameter  # type: ignore[attr-defined]
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{self.offloaded}: {list(self.shape)} of {self.dtype}, offloaded"
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        given = tree_leaves((args, kwargs))
+        name = next(each.offloaded for each in given if isinstance(each, Absent))
+        raise ModelError(
+            f"{name} is offloaded, and has values only while its block computes: read it from model.state_dict(); to "
+            f"change it, or to run a part of the block, {RESTORE}"
+        )
+
+
 class BlockState:
     """What a streamed block needs: its place in the ring, the class it had, and how its tensors were left."""
 
     def __init__(self, streamer: Streamer, index: int, name: str, block: nn.Module) -> None:
         self.streamer, self.index, self.name, self.former = streamer, index, name, type(block)
         self.at_store = False
-        self._left: list[tuple[str, Any, str, Tensor, int, int]] = []
-        self._merged = [
-            (f"{name}.{path}", module, _merged_of(module))
-            for path, module in block.named_modules()
-            if _merged_of(module) is not None
-        ]
+        self._inside = 0
+        self._left: list[tuple[str, Any, str, Tensor, int, int, Absent]] = []
 
     def to_slot(self) -> None:
         """Point the tensors of the block at its slot in the ring."""
@@ -48,35 +77,47 @@ class BlockState:
                 held = place.held
                 if held is not None and place.key in held:
                     tensor = held[place.key]
-                    self._left.append((unit.name, held, place.key, tensor, _version_of(tensor), tensor.data_ptr()))
+                    absent = Absent.of(tensor, unit.name, place.is_parameter)
+                    state = _version_of(tensor), tensor.data_ptr()
+                    self._left.append((unit.name, held, place.key, tensor, *state, absent))
+
+    def withdraw(self) -> None:
+        """Put what has no values in the place of the tensors of the block, until it computes."""
+        for _, held, key, tensor, _, _, absent in self._left:
+            if held.get(key) is tensor:
+                held[key] = absent
+
+    def present(self) -> None:
+        """Put the tensors of the block in their places."""
+        for _, held, key, tensor, _, _, absent in self._left:
+            if held.get(key) is absent:
+                held[key] = tensor
 
     def written(self) -> str:
         """Return the name of a tensor of the block that was written to or replaced since; empty if there is none.
 
-        A fetch leaves the versions of tensors as they are. What is written through ``.data`` is seen only where
-        adapters say that they are merged.
+        A fetch leaves the versions of tensors as they are.
         """
-        for name, held, key, tensor, version, address in self._left:
-            if held.get(key) is not tensor or _version_of(tensor) != version or tensor.data_ptr() != address:
+        for name, held, key, tensor, version, address, absent in self._left:
+            found = held.get(key)
+            if found is not tensor and found is not absent:
                 return name
-        return next((name for name, module, merged in self._merged if _merged_of(module) != merged), "")
-
-    def forget_writes(self) -> None:
-        """Have the adapters say again what is merged into the stored weights."""
-        for _, module, merged in self._merged:
-            module.merged_adapters[:] = merged or ()
+            if _version_of(tensor) != version or tensor.data_ptr() != address:
+                return name
+        return ""
 
     def require_unwritten(self) -> None:
         """Raise ``ModelError`` for a block whose weights were written to: the next fetch, or a save, would undo it."""
         name = self.written()
         if name:
             raise ModelError(
-                f"{name} is offloaded and was written to or replaced, or an adapter was merged into it, which the next "
-                f"fetch undoes: {RESTORE}, change the weights, and offload the model again"
+                f"{name} is offloaded and was written to or replaced, which the next fetch undoes: {RESTORE}, change "
+                "the weights, and offload the model again"
             )
 
     def to_store(self) -> None:
         """Point the tensors of the block at its stored bytes, on the CPU, each in a storage of its own."""
+        self.present()
         stored = self.streamer.stored[self.index]
         for unit in stored.units:
             point_at([replace(unit, begin=0)], stored.unit_memory(unit))
@@ -90,9 +131,14 @@ class BlockState:
             )
         self.require_unwritten()
         self.streamer.enter(self.index)
+        self._inside += 1
+        self.present()
 
     @torch.compiler.disable
     def leave(self) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self.withdraw()
         self.streamer.leave(self.index)
 
 
@@ -107,12 +153,6 @@ class ModelState:
 
 def _version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _merged_of(module: nn.Module) -> tuple[str, ...] | None:
-    """Return the adapters that are merged into a layer of peft; None for another module."""
-    merged = vars(module).get("merged_adapters")
-    return tuple(merged) if isinstance(merged, list) else None
 
 
 def _needs_gradient(block: nn.Module, values: tuple[Any, ...]) -> Iterator[bool]:
@@ -148,7 +188,7 @@ class _Offloaded(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for tensor in self.parameters():
-            sample = tensor.detach().reshape(-1)[:0]
+            sample = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             moved = fn(sample)
             if moved.device != sample.device or moved.dtype != sample.dtype:
                 raise ModelError(
@@ -166,8 +206,14 @@ def block_class(former: type[nn.Module]) -> type[nn.Module]:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             state: BlockState | None = self.__dict__.get(STATE)
             values = (*args, *kwargs.values())
-            if state is None or _is_traced(values):
+            if state is None:
                 return former.forward(self, *args, **kwargs)
+            if _is_traced(values):
+                state.present()
+                try:
+                    return former.forward(self, *args, **kwargs)
+                finally:
+                    state.withdraw()
             state.enter(self, values)
             try:
                 return former.forward(self, *args, **kwargs)
@@ -239,4 +285,5 @@ def _at_store(blocks: list[nn.Module]) -> Iterator[None]:
     finally:
         for state in outer:
             state.to_slot()
+            state.withdraw()
             state.at_store = False

@@ -136,6 +136,8 @@ def place(
     if streamer is not None:
         plan = _measured(plan, streamer)
     _swap_model(inner, plan, streamer)
+    for state in states:
+        state.withdraw()
     return model
 
 
@@ -179,8 +181,7 @@ def restore_weights(model: nn.Module) -> bool:
             warnings.warn(
                 f"{name} was written to while it was offloaded, and has its former values again", stacklevel=2
             )
-            own.forget_writes()
-        own.to_store()
+        own.to_store()  # a parameter that was put in the place of another one stays, with the former values
         for unit in stored.units:
             memory = bytes_of(unit).to(own.streamer.link.device, copy=True)
             point_at([replace(unit, begin=0)], memory)

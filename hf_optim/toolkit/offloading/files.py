@@ -96,11 +96,11 @@ class OpenFile:
             os.posix_fadvise(self.plain, begin, done, os.POSIX_FADV_DONTNEED)
         return done
 
-    def mapped(self, begin: int, size: int) -> Tensor:
-        """Return a range as a tensor over mapped memory, uint8: nothing is read before it is used."""
+    def mapped(self, begin: int, size: int, tensor: str) -> Tensor:
+        """Return the range of a tensor over mapped memory, uint8: nothing is read before it is used."""
         if not size:
             return torch.empty(0, dtype=torch.uint8)
-        self.require_unchanged("a range")
+        self.require_unchanged(tensor)
         first = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         pages = mmap.mmap(self.plain, begin + size - first, access=mmap.ACCESS_COPY, offset=first)
         return torch.frombuffer(pages, dtype=torch.uint8, offset=begin - first, count=size)

@@ -46,7 +46,7 @@ class Stored:
 
             return torch.from_numpy(self.memory[unit.begin : unit.end].numpy())
         piece = next(each for each in self.pieces if each.target <= unit.begin < max(each.target + each.size, 1))
-        return piece.file.mapped(piece.begin + unit.begin - piece.target, unit.size)
+        return piece.file.mapped(piece.begin + unit.begin - piece.target, unit.size, unit.name)
 
 
 @dataclass

@@ -91,6 +91,58 @@ def _row_products(
 
 
 @triton.jit
+def _logits(
+    x, projected, second, logit_bias, tile, N, B, R,
+    NP: tl.constexpr, LOGIT_BIAS: tl.constexpr, EVEN_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, ONCE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Return the logits [BLOCK_B, NP] of a tile of blocks, rounded as a product of the model is; -inf beyond the units.
+
+    ``projected`` [R] is read when the launch that wrote it has ended.
+    """
+    lane, r = tl.arange(0, BLOCK_B * NP), tl.arange(0, BLOCK_R)
+    block, unit = tile * BLOCK_B + lane // NP, lane % NP
+    valid = (block < B) & (unit < N)
+    row = tl.where(valid, block * N + unit, 0)
+    at = second + row.to(tl.int64)[:, None] * R + r[None, :]
+    if ONCE:  # C2 does not depend on the launch before
+        w = tl.load(at) if EVEN_R else tl.load(at, mask=valid[:, None] & (r < R)[None, :], other=0.0)
+        _await_before(EARLY)
+        part = tl.load(projected + r, mask=r < R, other=0.0)
+        logits = tl.sum(w.to(tl.float32) * part.to(tl.float32)[None, :], axis=1)
+    else:
+        _await_before(EARLY)
+        acc = tl.zeros((BLOCK_B * NP, BLOCK_R), tl.float32)
+        for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
+            if EVEN_R:
+                part, w = tl.load(projected + start + r), tl.load(at + start)
+            else:
+                left = r < R - start
+                part = tl.load(projected + start + r, mask=left, other=0.0)
+                w = tl.load(at + start, mask=valid[:, None] & left[None, :], other=0.0)
+            acc += w.to(tl.float32) * part.to(tl.float32)[None, :]
+        logits = tl.sum(acc, axis=1)
+    if LOGIT_BIAS:
+        logits += tl.load(logit_bias + row).to(tl.float32)
+    logits = logits.to(x.dtype.element_ty).to(tl.float32)
+    return tl.reshape(tl.where(valid, logits, float("-inf")), (BLOCK_B, NP))
+
+
+@triton.jit
+def _largest(table, blocks, inside, N):
+    """Return the unit of the largest logit of each block. NaN chooses nothing; the first unit keeps reads inside."""
+    choice = tl.argmax(table, axis=1, tie_break_left=True)
+    return tl.where(inside, blocks * N + tl.minimum(choice, N - 1), 0)
+
+
+@triton.jit
+def _probability(table):
+    """Return the softmax of the largest logit of each block."""
+    top = tl.max(table, axis=1)
+    return 1.0 / tl.sum(tl.where(table == float("-inf"), 0.0, tl.exp(table - top[:, None])), axis=1)
+
+
+@triton.jit
 def _choose_kernel(
     x, projected, second, logit_bias, up, up_scale, up_bias, gate, gate_scale, gate_bias, units_out, inner,
     N, B, R, K, G, alpha,
@@ -101,38 +153,13 @@ def _choose_kernel(
 ):  # fmt: skip
     """Choose a unit per block and compute it: programs are (token, tile of blocks). NP is N, up to a power of two."""
     token, tile = tl.program_id(0), tl.program_id(1)
-    # Logits of the units of these blocks, rounded as a product of the model is.
-    lane, r = tl.arange(0, BLOCK_B * NP), tl.arange(0, BLOCK_R)
-    block, unit = tile * BLOCK_B + lane // NP, lane % NP
-    valid = (block < B) & (unit < N)
-    row = tl.where(valid, block * N + unit, 0)
-    at = second + row.to(tl.int64)[:, None] * R + r[None, :]
-    if ONCE:  # C2 does not depend on the launch before
-        w = tl.load(at) if EVEN_R else tl.load(at, mask=valid[:, None] & (r < R)[None, :], other=0.0)
-        _await_before(EARLY)
-        part = tl.load(projected + token * R + r, mask=r < R, other=0.0)
-        logits = tl.sum(w.to(tl.float32) * part.to(tl.float32)[None, :], axis=1)
-    else:
-        _await_before(EARLY)
-        acc = tl.zeros((BLOCK_B * NP, BLOCK_R), tl.float32)
-        for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
-            if EVEN_R:
-                part, w = tl.load(projected + token * R + start + r), tl.load(at + start)
-            else:
-                left = r < R - start
-                part = tl.load(projected + token * R + start + r, mask=left, other=0.0)
-                w = tl.load(at + start, mask=valid[:, None] & left[None, :], other=0.0)
-            acc += w.to(tl.float32) * part.to(tl.float32)[None, :]
-        logits = tl.sum(acc, axis=1)
-    if LOGIT_BIAS:
-        logits += tl.load(logit_bias + row).to(tl.float32)
-    logits = logits.to(x.dtype.element_ty).to(tl.float32)
-    table = tl.reshape(tl.where(valid, logits, float("-inf")), (BLOCK_B, NP))
-    choice = tl.argmax(table, axis=1, tie_break_left=True)
+    table = _logits(
+        x, projected + token * R, second, logit_bias, tile, N, B, R, NP, LOGIT_BIAS, EVEN_R, BLOCK_B, BLOCK_R, STAGES,
+        ONCE, EARLY,
+    )  # fmt: skip
     own = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = own < B
-    # NaN logits choose nothing; the first unit keeps the reads inside.
-    units = tl.where(inside, own * N + tl.minimum(choice, N - 1), 0)
+    units = _largest(table, own, inside, N)
     h = _row_products(
         x + token.to(tl.int64) * K, up, up_scale, units, inside, K, G, BITS, EVEN, BLOCK_B, BLOCK_K, STAGES
     )
@@ -148,8 +175,7 @@ def _choose_kernel(
     else:
         h = activate(h, alpha, ACT)
     if WEIGHTED:
-        top = tl.max(table, axis=1)
-        h *= 1.0 / tl.sum(tl.where(table == float("-inf"), 0.0, tl.exp(table - top[:, None])), axis=1)
+        h *= _probability(table)
     tl.store(units_out + token * B + own, units, mask=inside)
     tl.store(inner + token * B + own, h, mask=inside)
 

@@ -8,8 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.launch import is_aligned, launch
+from ..common.launch import begins_early, is_aligned, launch
 from ..experts.activation import GELU, GELU_TANH, RELU, SILU
+from .joined import MOST_NUMBERS, _sum_kernel, _units_kernel
 from .kernel import _choose_kernel, _down_kernel, _project_kernel
 from .naive import Layer, Rows
 
@@ -33,6 +34,8 @@ class Tiles(NamedTuple):
         d, d_b, d_warps, split: columns of W2, chosen rows at a time, and programs that share a tile, of the third.
         stages: loads under way.
         early: launches begin while those before them end, where the device can.
+        programs: that share the blocks of a token and read the chosen rows of both matrices (``joined``); 0 to read
+            them in launches of their own.
     """
 
     r: int = 4
@@ -48,6 +51,7 @@ class Tiles(NamedTuple):
     split: int = 4
     stages: int = 3
     early: bool = False
+    programs: int = 0
 
 
 def default_tiles(layer: Layer) -> Tiles:
@@ -138,16 +142,21 @@ def sparse_ffn(x: Tensor, layer: Layer, tiles: Tiles | None = None) -> Tensor:
     tiles = tiles or default_tiles(layer)
     if tiles.early and not begins_early(x):
         tiles = tiles._replace(early=False)
+    if tiles.programs and not can_join(layer, tiles):
+        tiles = tiles._replace(programs=0)
     memory = allocate(x, layer, tiles)
     project(x, layer, tiles, memory)
-    choose(x, layer, tiles, memory)
-    combine(layer, tiles, memory)
+    if tiles.programs:
+        join(x, layer, tiles, memory)
+    else:
+        choose(x, layer, tiles, memory)
+        combine(layer, tiles, memory)
     return memory.out
 
 
-def begins_early(x: Tensor) -> bool:
-    """Return True if a launch on the device of ``x`` can begin before the one before it has ended."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+def can_join(layer: Layer, tiles: Tiles) -> bool:
+    """Return True if one launch can read the rows of both matrices: floats, and a row of W2 fits into a program."""
+    return all(rows.bits == 16 for rows in matrices(layer)) and _padded(layer.down.columns) <= MOST_NUMBERS
 
 
 def allocate(x: Tensor, layer: Layer, tiles: Tiles) -> Memory:
@@ -155,12 +164,16 @@ def allocate(x: Tensor, layer: Layer, tiles: Tiles) -> Memory:
     tokens, rank, D = len(x), len(layer.first), layer.down.columns
     blocks, how = len(layer.second) // layer.block, sums_of(layer, tiles)
     out = torch.empty((tokens, D), dtype=x.dtype, device=x.device)
+    if tiles.programs:
+        how = Sums(0, 0, 1, tiles.programs)
     return Memory(
         torch.empty((tokens, rank), dtype=x.dtype, device=x.device),
         torch.empty((tokens, blocks), dtype=torch.int32, device=x.device),
         torch.empty((tokens, blocks), dtype=torch.float32, device=x.device),
         out,
-        out if how.split == 1 else torch.empty((how.split, tokens, D), dtype=torch.float32, device=x.device),
+        out
+        if how.split == 1 and not tiles.programs
+        else torch.empty((how.split, tokens, D), dtype=torch.float32, device=x.device),
         torch.empty(triton.next_power_of_2(tokens * how.tiles), dtype=torch.int32, device=x.device),
     )
 
@@ -220,6 +233,41 @@ def combine(layer: Layer, tiles: Tiles, memory: Memory) -> None:
          "BLOCK_D": how.columns, "SPLIT": how.split, "STAGES": tiles.stages, "EARLY": tiles.early}, tiles.d_warps,
         tiles.stages,
     )  # fmt: skip
+
+
+def join(x: Tensor, layer: Layer, tiles: Tiles, memory: Memory) -> None:
+    """Choose the units, read their rows of both matrices, and add up the parts of the programs."""
+    (tokens, K), rank, blocks = x.shape, len(layer.first), len(layer.second) // layer.block
+    up, gate, (act, alpha), D = layer.up, layer.gate, ACTS[layer.act], layer.down.columns
+    width, padded = _padded(D), _padded(layer.block)
+    b = max(1, min(tiles.b, MOST_NUMBERS // width, _padded(blocks)))
+    b_r, b_k, programs = min(tiles.b_r, _padded(rank)), min(tiles.b_k, _padded(K)), tiles.programs
+    whole, none = blocks % b == 0, layer.first  # stands for a tensor that is not there
+    tensors = (
+        x, memory.projected, layer.second, _or(layer.logit_bias, none), up.data, _or(up.bias, none),
+        none if gate is None else gate.data, none if gate is None else _or(gate.bias, none), layer.down.data,
+        memory.units, memory.partial,
+    )  # fmt: skip
+    _launch(
+        _units_kernel, (tokens, programs, 1), tensors, (layer.block, blocks, rank, K, D, alpha),
+        {"NP": padded, "LOGIT_BIAS": layer.logit_bias is not None, "BIAS": up.bias is not None,
+         "GATE_BIAS": gate is not None and gate.bias is not None, "GATED": gate is not None, "ACT": act,
+         "WEIGHTED": layer.weighted, "EVEN_R": rank % b_r == 0 and whole and padded == layer.block,
+         "EVEN": K % b_k == 0 and whole,
+         "EVEN_D": width == D and whole, "BLOCK_B": b, "BLOCK_R": b_r, "BLOCK_K": b_k, "BLOCK_D": width,
+         "STAGES": tiles.stages, "ONCE": rank <= b_r, "PROGRAMS": programs, "EARLY": tiles.early}, tiles.b_warps,
+        tiles.stages,
+    )  # fmt: skip
+    columns = min(tiles.d, width)
+    _launch(
+        _sum_kernel, (tokens, -(-D // columns), 1), (memory.partial, _or(layer.bias, memory.out), memory.out), (D,),
+        {"HAS_BIAS": layer.bias is not None, "BLOCK_D": columns, "PROGRAMS": programs, "PADDED": _padded(programs),
+         "EARLY": tiles.early}, tiles.d_warps, tiles.stages,
+    )  # fmt: skip
+
+
+def _padded(number: int) -> int:
+    return triton.next_power_of_2(number)
 
 
 def _step(rows: Rows, wanted: int, columns: int) -> int:

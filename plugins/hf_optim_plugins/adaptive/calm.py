@@ -220,6 +220,11 @@ class CALM(Technique):
             )
         if len(rows) < len(found):
             run.warn(self, f"{len(found) - len(rows)} rows of the calibration data are shorter than a prompt.")
+        different, _ = early_exit.distinct([row[:needed] for row in rows])
+        if len(different) < len(rows):
+            run.warn(
+                self, f"{len(rows) - len(different)} prompts occurred before and prove nothing: they are left out."
+            )
         return rows
 
     def _calibrated(self, model: Any, stack: early_exit.Stack, rows: list[Tensor]) -> early_exit.EarlyExit:

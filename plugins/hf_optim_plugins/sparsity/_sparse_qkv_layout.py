@@ -110,7 +110,7 @@ def settings_for(
                 f"{label}: {count} modules do not divide the {size} features of {what} of {kind}: set modules to one "
                 f"of {fitting}"
             )
-    if about["output"] in ("none", "mult") and (query != width or out != width):
+    if about["output"] in ("none", "mult", "multconv") and (query != width or out != width):
         raise ModelError(
             f"{label}: the heads of {kind} have {query} features together and its hidden state has {width}: without a "
             "projection these cannot be added. Set output to dense"

@@ -23,7 +23,7 @@ from hf_optim.toolkit.modules import ThreadValue, mixed
 from ._held_parts import ROWS, TokenRows, hold, require_rows
 
 CONCAT = ("none", "fixed", "original")
-OUTPUT = ("none", "mult", "dense")
+OUTPUT = ("none", "mult", "multconv", "dense")
 LAYOUTS = (  # names in an attention module: of what projects queries, keys and values, and of the output
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
     (("q_proj", "k_proj", "v_proj"), "out_proj"),
@@ -163,7 +163,10 @@ class SparseQKV(nn.Module):
     Attributes:
         shared: the multiplicative layer that queries, keys and values share.
         query, key, value: convolutions; None for keys that are the queries.
+        output_name: of the output projection in the attention.
     """
+
+    output_name = ""
 
     def __init__(self, settings: QkvSettings) -> None:
         super().__init__()
@@ -248,6 +251,36 @@ class MultiplicativeOutput(Multiplicative):
         return super().forward(hidden).flatten(-2)
 
 
+class ConvolvedOutput(nn.Module):
+    """An output projection that is a multiplicative layer and a convolution over length and modules.
+
+    Attributes:
+        product: the multiplicative layer.
+        mix: the convolution; a token reads the products of those before it, which are held beside the cache.
+        before: which tokens are padding, and the products of the tokens before: left for the next call.
+        after: what the tokens behind read: left by the last call.
+    """
+
+    def __init__(self, settings: QkvSettings) -> None:
+        super().__init__()
+        width = settings.width // settings.modules
+        self.product = Multiplicative(settings.modules, settings.query, settings.width)
+        self.mix = ModuleConvolution(width, width, settings.kernel, 3)
+        self.before: Any = ThreadValue()
+        self.after = ThreadValue()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``[B, N, d]`` of ``[B, N, heads]``."""
+        given: Any = self.before.take()
+        if given is None:
+            raise ValueError("an output projection by a convolution is read twice, or by another module")
+        rows, held = given
+        made, reach = rows.cleared(self.product(hidden)), self.mix.weight.shape[2] - 1
+        longer = functional.pad(made, (0, 0, 0, 0, reach, 0)) if held is None else torch.cat([held.to(made), made], 1)
+        self.after.leave(longer[:, longer.shape[1] - reach :].detach())
+        return self.mix(longer, rows).flatten(2)
+
+
 class SparseProjections(nn.Module):
     """Mixin of an attention module of transformers, whose queries, keys and values are those of ``sparse_qkv``."""
 
@@ -259,10 +292,16 @@ class SparseProjections(nn.Module):
         layer = hold((*args, *kwargs.values()), getattr(self, "layer_idx", None))
         held = None if layer is None else layer.take(STATE, rows.seen, len(hidden))
         query, key, value, after = part(hidden, rows, held)
+        hand_over(self, query, key, value)
+        last = getattr(self, part.output_name, None)
+        if isinstance(last, ConvolvedOutput):
+            last.before.leave((rows, None if held is None else held["output"]))
+        found = super().forward(*args, **kwargs)
+        if isinstance(last, ConvolvedOutput):
+            after["output"] = last.after.take()
         if layer is not None:
             layer.put(STATE, rows.seen + hidden.shape[1], after)
-        hand_over(self, query, key, value)
-        return super().forward(*args, **kwargs)
+        return found
 
 
 def hand_over(module: Any, query: Tensor, key: Tensor | None, value: Tensor) -> None:
@@ -300,6 +339,7 @@ def sparsify_projections(module: Any, settings: QkvSettings, mixin: type = Spars
     about: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     module.sparse_qkv = SparseQKV(settings).to(**about).train(module.training)
     module.sparse_qkv_names = names
+    module.sparse_qkv.output_name = output
     sizes = (settings.query, settings.key, settings.key)
     for name, size in zip(names, (sum(sizes),) if len(names) == 1 else sizes, strict=True):
         setattr(module, name, Handed(size).train(module.training))
@@ -308,4 +348,6 @@ def sparsify_projections(module: Any, settings: QkvSettings, mixin: type = Spars
     elif settings.output == "mult":
         made = MultiplicativeOutput(settings.modules, settings.query, settings.width)
         setattr(module, output, made.to(**about).train(module.training))
+    elif settings.output == "multconv":
+        setattr(module, output, ConvolvedOutput(settings).to(**about).train(module.training))
     module.__class__ = mixed(mixin, type(module))  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ weights where four dense projections have 4 d^2.
 
 - ``concat`` gives values the hidden state beside y: ``fixed`` module by module, ``original`` as the authors' first
   experiments, without regard to modules.
-- ``output``: ``none`` as in the paper; ``mult`` is another multiplicative layer; ``dense`` keeps the projection of the
-  model (not the paper's, for a pretrained model).
+- ``output``: ``none`` as in the paper; ``mult`` is another multiplicative layer, ``multconv`` one with a convolution
+  behind it; ``dense`` keeps the projection of the model (not the paper's, for a pretrained model).
 - ``share_qk``: keys are the queries, for models with as many key heads as query heads.
 - Heads: queries are cut into the heads of the model in the order of their features, so that with S heads a module is a
   head. With fewer key heads than query heads (GQA), the kernels of keys and values have fewer outputs in each module:
@@ -87,7 +87,8 @@ class SparseQKV(Technique):
         kernel: tokens that a convolution reads, the present one among them.
         concat: what values read beside the shared output: nothing, or the hidden state, by module (``fixed``) or as in
             the authors' first experiments (``original``).
-        output: the output projection: ``none``, a multiplicative layer (``mult``), or that of the model (``dense``).
+        output: the output projection: ``none``, a multiplicative layer (``mult``), with a convolution behind
+            it (``multconv``), or that of the model (``dense``).
         share_qk: keys are the queries.
         distill_steps: optimizer steps in which the projections learn the dense ones, one for each calibration batch; 0
             for none, which needs no data.
@@ -100,7 +101,7 @@ class SparseQKV(Technique):
     modules: int | None = option(None, low=1, high=65536)
     kernel: int = option(3, low=1, high=64)
     concat: Literal["none", "fixed", "original"] = "none"
-    output: Literal["none", "mult", "dense"] = "none"
+    output: Literal["none", "mult", "multconv", "dense"] = "none"
     share_qk: bool = False
     distill_steps: int = option(0, low=0)
     distill_rate: float = option(3e-3, above=0.0)

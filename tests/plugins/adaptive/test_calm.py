@@ -133,9 +133,24 @@ def test_bounds_that_cannot_be_proven_name_the_nearest():
         ModelError, match=r"bound of 0\.06 .* cannot be proven .* nearest bound that can be proven is 0\.\d"
     ):
         hf_optim.optimize(model, [{**CALM, "delta": 0.06, "candidates": [0.3]}], calibration=ROWS)
-    with pytest.raises(ModelError, match=r"60 prompts prove no bound of 0\.001 .* that takes 1609; the lowest bound"):
+    with pytest.raises(
+        ModelError, match=r"60 different prompts prove no bound of 0\.001 .* that takes 1609; the lowest bound"
+    ):
         hf_optim.optimize(decoder("llama", double=False), [{**CALM, "delta": 0.001}], calibration=ROWS)
     assert early_exit.settings_of(model.config) is None
+
+
+def test_prompts_that_occur_again_prove_nothing():
+    bound = early_exit.Bound(0.4, 0.2, "consistency", "rouge_l", (0.9,))
+    settings = early_exit.EarlyExit(length=6)
+    with pytest.raises(ModelError, match=r"^1 different prompts prove no bound of 0\.4"):
+        early_exit.calibrate(exits_that_agree(), [ROWS[0, :8]] * 500, bound, settings)
+    again = early_exit.calibrate(exits_that_agree(), [row[:8] for row in (*ROWS, *ROWS[:20])], bound, settings)
+    once = early_exit.calibrate(exits_that_agree(), [row[:8] for row in ROWS], bound, settings)
+    assert again.certificate == once.certificate
+    model = hf_optim.optimize(exits_that_agree(), [CALM], calibration=torch.cat([ROWS, ROWS[:20]]))
+    assert early_exit.settings_of(model.config).certificate.examples == 60
+    assert any("20 prompts occurred before and prove nothing" in each for each in hf_optim.run_of(model).record.notes)
 
 
 def test_wrong_fields_and_models_are_refused():

@@ -6,7 +6,6 @@ What the ranks do is in ``helpers/tensor_ranks.py``.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from python_session import PythonSession
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -108,14 +108,12 @@ def with_biases(model):
     return model
 
 
-def run_ranks(home: Path, *worlds: int, more: bool = False) -> dict[int, dict]:
-    environment = {**os.environ, "HF_OPTIM_TENSOR_RANKS": str(home), "HF_OPTIM_TENSOR_MORE": "1" if more else ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), environment.get("PYTHONPATH", "")])
+def run_ranks(python: PythonSession, home: Path, world: int, more: bool = False) -> dict:
+    environment = {"HF_OPTIM_TENSOR_RANKS": str(home), "HF_OPTIM_TENSOR_MORE": "1" if more else ""}
     output = home / f"found{'-more' if more else ''}"
-    command = [sys.executable, str(SCRIPT), str(output), *map(str, worlds)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {world: json.loads(Path(f"{output}-{world}.json").read_text()) for world in worlds}
+    done = python.script(SCRIPT, output, world, **environment)
+    assert done.status == 0, done.err[-3000:]
+    return json.loads(Path(f"{output}-{world}.json").read_text())
 
 
 def require_same(found: list[dict], ranks: int) -> None:
@@ -132,18 +130,18 @@ def require_same(found: list[dict], ranks: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def two(few):
-    return run_ranks(few, 2)[2]
+def two(python, few):
+    return run_ranks(python, few, 2)
 
 
 @pytest.fixture(scope="session")
-def more_of_two(checkpoints):
-    return run_ranks(checkpoints, 2, more=True)[2]
+def more_of_two(python, checkpoints):
+    return run_ranks(python, checkpoints, 2, more=True)
 
 
 @pytest.fixture(scope="session")
-def four(checkpoints):
-    return run_ranks(checkpoints, 4, more=True)[4]
+def four(python, checkpoints):
+    return run_ranks(python, checkpoints, 4, more=True)
 
 
 @pytest.mark.parametrize("name", ["w4a16", "w8a8", "mixtral"])
@@ -298,6 +296,7 @@ if rank:
 """
 
 
+@pytest.mark.slow
 def test_a_rank_goes_on_alone_when_the_one_that_keeps_the_store_ends_in_order(tmp_path):
     command = [sys.executable, "-c", LEAVES]
     ranks = [
@@ -429,3 +428,31 @@ def test_rules_of_a_call_replace_those_of_the_plan():
     assert tensor_plan.style_of("model.layers.1.mlp.down_proj", plan) == "rowwise"
     with pytest.raises(ModelError, match='pass "auto", or a mapping'):
         tensor_plan.plan_of(model, "everything")
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ({"mlp.up_proj": "replicated"}, r"leaves up_proj of model.layers.0.mlp whole and cuts gate_proj, down_proj"),
+        ({"self_attn.q_proj": "replicated", "self_attn.o_proj": "replicated"}, r"cuts k_proj, v_proj, whose widths"),
+        ({"self_attn.v_proj": "colwise_gather_output"}, r"leaves v_proj of model.layers.0.self_attn whole"),
+        ({"mlp.down_proj": "colwise"}, r"gives model.layers.0.mlp.down_proj the style colwise, and the plan"),
+    ],
+)
+def test_rules_that_do_not_fit_together_are_refused(rules, reason):
+    model, prefix = tiny_llama(), "model.layers.*."
+    with pytest.raises(ModelError, match=reason):
+        tensor_plan.require_fitting_rules(model, {prefix + name: style for name, style in rules.items()})
+    one = {f"model.layers.1.{name}": style for name, style in rules.items()}
+    with pytest.raises(ModelError, match=reason.replace("layers.0", "layers.1")):
+        tensor_plan.require_fitting_rules(model, one)
+
+
+def test_rules_that_fit_together():
+    for names in (("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")):
+        parent = "self_attn" if "q_proj" in names else "mlp"
+        for number in "*1":
+            given = {f"model.layers.{number}.{parent}.{name}": "replicated" for name in names}
+            tensor_plan.require_fitting_rules(tiny_llama(), given)
+    tensor_plan.require_fitting_rules(tiny_llama(), {"lm_head": "replicated"})
+    tensor_plan.require_fitting_rules(tiny_llama(), "auto")

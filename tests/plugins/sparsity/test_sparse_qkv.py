@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hf_optim import ModelError
 from hf_optim.toolkit import compat
 from hf_optim.toolkit.attention import attentions
 from hf_optim_plugins.sparsity._held_parts import TokenRows, rows_of
-from hf_optim_plugins.sparsity._sparse_qkv_modules import Multiplicative, QkvSettings, SparseQKV
+from hf_optim_plugins.sparsity._sparse_qkv_modules import ConvolvedOutput, Multiplicative, QkvSettings, SparseQKV
 
 IDS = torch.randint(3, 60, (2, 14), generator=torch.Generator().manual_seed(0))
 DECODERS = [tiny_llama, tiny_gpt2, tiny_opt, tiny_qwen2]
@@ -101,6 +102,31 @@ def test_projections_are_those_of_the_equations(fields, rows):
                 torch.testing.assert_close(one[number], other, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
+def test_an_output_by_a_convolution_is_that_of_the_equations(rows):
+    torch.manual_seed(0)
+    part, hidden = ConvolvedOutput(settings(output="multconv")).double(), torch.randn(2, 7, 24, dtype=torch.float64)
+    valid, documents = torch.ones(2, 7, dtype=torch.bool), torch.zeros(2, 7, dtype=torch.long)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.normal_()
+    if rows == "padded":
+        valid[0, :2], valid[1, 4:] = False, False
+    elif rows == "packed":
+        documents[0, 3:], documents[1, 1:], documents[1, 3:] = 1, 1, 2
+    part.before.leave(
+        (TokenRows(0, valid if rows == "padded" else None, documents if rows == "packed" else None), None)
+    )
+    found = part(hidden)
+    like = SimpleNamespace(settings=settings(), shared=part.product, query=part.mix, key=None, value=part.mix)
+    for number in range(2):
+        expected = looped(like, hidden[number], valid[number], documents[number])[0]
+        torch.testing.assert_close(found[number], expected, rtol=0, atol=1e-11)
+    assert part.after.take().shape == (2, 2, 4, 6)
+    with pytest.raises(ValueError, match="is read twice, or by another module"):
+        part(hidden)
+
+
 def test_many_tokens_at_once_are_few_tokens_one_by_one():
     part = projections(concat="fixed")
     hidden = torch.randn(3, 9, 24, dtype=torch.float64)
@@ -180,7 +206,9 @@ def test_a_model_computes_stock_attention_of_these_projections():
 # -- decoding ---------------------------------------------------------------------------------------------------------
 @pytest.mark.many
 @pytest.mark.parametrize("build", DECODERS)
-@pytest.mark.parametrize("fields", [{}, {"concat": "fixed", "output": "mult"}, {"kernel": 1, "output": "dense"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"concat": "fixed", "output": "mult"}, {"output": "multconv"}, {"kernel": 1, "output": "dense"}]
+)
 def test_decoding_is_the_full_forward(build, fields):
     model = sparse(build().double(), **fields)
     with torch.no_grad():
@@ -222,6 +250,17 @@ def test_the_state_follows_the_rows_of_a_cache():
     torch.testing.assert_close(chosen[:, 0], full[:, 10], rtol=0, atol=1e-11)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(-1)
+
+
+def test_an_output_by_a_convolution_trains_and_comes_back(tmp_path):
+    step = {"technique": "sparse_qkv", "modules": 4, "output": "multconv", "distill_steps": 2}
+    model = hf_optim.optimize(tiny_llama(), [step], calibration=IDS)
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 def test_caches_that_cannot_hold_the_state_are_refused():

@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM
 import hf_optim
 from hf_optim import ModelError
 from hf_optim.generation.door import GenerationWarning
+from hf_optim.generation.early_exit.door import weights_of
 from hf_optim.testing.conformance import inputs_for
+from hf_optim.toolkit.exits import detach_exits
 from hf_optim.toolkit.offloading import find_state, place, restore_weights
+from hf_optim.toolkit.offloading.classes import Absent
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
@@ -32,6 +35,7 @@ def logits(model, inputs):
     return model(**inputs).logits
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5", "mixtral"])
 @pytest.mark.parametrize("to", ["cpu", "disk"])
 def test_outputs_and_weights_are_equal_and_come_back(name, to, tmp_path):
@@ -52,6 +56,7 @@ def test_outputs_and_weights_are_equal_and_come_back(name, to, tmp_path):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(("layers", "ahead"), [(2, 1), (5, 1), (4, 2), (7, 3), (6, 2), (3, 8)])
 def test_every_ring_is_right_at_its_end(layers, ahead):
     model = tiny_llama(num_hidden_layers=layers)
@@ -82,14 +87,38 @@ def test_a_pass_after_another_order_of_blocks_is_right():
     assert len(layers) == 6
 
 
+def test_early_exits_and_reports_of_an_offloaded_model():
+    model = tiny_llama(num_hidden_layers=5, max_position_embeddings=128)
+    ids = torch.randint(1, 60, (3, 9))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY, "max_new_tokens": 12}
+    settings = [
+        hf_optim.early_exit.EarlyExit(threshold=0.02, layers=(0, 2)),
+        hf_optim.early_exit.EarlyExit(lossless=True, layers=(2,), drafts=2),
+    ]
+    calls = [
+        *(lambda own=own: hf_optim.generate(model, **given, early_exit=own) for own in settings),
+        lambda: hf_optim.run_to_exit(model, 0, input_ids=ids).output.logits,
+        lambda: hf_optim.forward_with_exits(model, threshold=0.02, input_ids=ids).logits,
+    ]
+    hf_optim.attach_exits(model, hf_optim.ExitSettings(layers=(0, 2)))
+    expected, text, mark = [call() for call in calls], str(hf_optim.report(model)), weights_of(model)
+    place(model, "cpu", link=LateLink())
+    for _ in range(2):
+        assert all(torch.equal(call(), found) for call, found in zip(calls, expected, strict=True))
+    assert str(hf_optim.report(model)) == text
+    assert weights_of(model) == mark
+    detach_exits(model)
+
+
 def test_memory_is_that_of_the_plan():
     model = tiny_llama(num_hidden_layers=8)
     place(model, "cpu", link=LateLink(), device_memory="220KB")
     plan = hf_optim.offload_plan(model)
     assert 0 < plan.places.count("device") < 8
-    held = {}
+    held = {slot.data_ptr(): len(slot) for slot in find_state(model).streamer.slots}
     for tensor in (*model.parameters(), *model.buffers()):
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if type(tensor) is not Absent:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     buffers = sum(t.numel() * t.element_size() for n, t in model.named_buffers())
     assert sum(held.values()) <= plan.device_bytes + buffers + 16
     assert plan.device_bytes <= 220_000
@@ -158,23 +187,60 @@ def test_adapters_stay_on_the_device():
     assert all(torch.equal(v, before[k]) for k, v in model.unload().state_dict().items())
 
 
-def times_two(layer):
-    layer.weight.mul_(2)
+READS_AND_WRITES = {
+    "read": lambda layer: layer.weight.norm(),
+    "compare": lambda layer: torch.equal(layer.weight, layer.weight),
+    "print": lambda layer: float(layer.weight[0, 0]),
+    "data": lambda layer: layer.weight.data.mul_(2),
+    "write": lambda layer: layer.weight.mul_(2),
+    "copy": copy.deepcopy,
+    "cast": lambda layer: layer.half(),
+    "call": lambda layer: layer(torch.ones(1, layer.in_features)),
+    "hold": lambda layer: torch.nn.Parameter(layer.weight) + 1,
+}
 
 
-def replaced(layer):
-    layer.weight = torch.nn.Parameter(layer.weight * 2)
+@pytest.mark.parametrize("what", READS_AND_WRITES)
+def test_weights_have_no_values_while_their_block_does_not_compute(what):
+    model = tiny_llama(num_hidden_layers=4)
+    inputs = inputs_for(model)
+    expected, shapes = logits(model, inputs), {n: (p.shape, p.dtype, p.device) for n, p in model.named_parameters()}
+    place(model, "cpu", link=LateLink())
+    logits(model, inputs)
+    assert {n: (p.shape, p.dtype, p.device) for n, p in model.named_parameters()} == shapes
+    layer = model.model.layers[2].mlp.up_proj
+    assert "up_proj.weight: [" in repr(layer.weight)
+    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj\.weight is offloaded, and has values only while"):
+        READS_AND_WRITES[what](layer)
+    assert torch.equal(logits(model, inputs), expected)
+    assert restore_weights(model)
+    assert torch.equal(logits(model, inputs), expected)
 
 
-def loaded(layer):
-    layer.load_state_dict({"weight": torch.zeros_like(layer.weight)})
+def test_hooks_of_parts_see_weights():
+    model = tiny_llama(num_hidden_layers=4)
+    inputs, expected = inputs_for(model), [block.mlp.up_proj.weight.clone() for block in model.model.layers]
+    place(model, "cpu", link=LateLink())
+    found = []
+    for block in model.model.layers:
+        block.mlp.up_proj.register_forward_hook(lambda layer, *_: found.append(layer.weight.clone()))
+    logits(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def cast(layer):
-    layer.half()
+def replaced(model):
+    layer = model.model.layers[2].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.ones(layer.weight.shape))
 
 
-@pytest.mark.parametrize("change", [times_two, replaced, loaded, cast])
+def written_by_a_hook(model):
+    layer = model.model.layers[2].mlp.up_proj
+    handle = layer.register_forward_hook(lambda *_: (layer.weight.mul_(2), None)[1])
+    logits(model, inputs_for(model))
+    handle.remove()
+
+
+@pytest.mark.parametrize("change", [replaced, written_by_a_hook])
 @pytest.mark.parametrize("reads", ["forward", "state_dict", "save_pretrained"])
 def test_weights_that_are_written_to_are_noticed(change, reads, tmp_path):
     model = tiny_llama(num_hidden_layers=4)
@@ -182,7 +248,7 @@ def test_weights_that_are_written_to_are_noticed(change, reads, tmp_path):
     expected = logits(model, inputs)
     place(model, "cpu", link=LateLink())
     logits(model, inputs)
-    change(model.model.layers[2].mlp.up_proj)
+    change(model)
     calls = {
         "forward": lambda: logits(model, inputs),
         "state_dict": model.state_dict,
@@ -197,7 +263,7 @@ def test_weights_that_are_written_to_are_noticed(change, reads, tmp_path):
         assert torch.equal(logits(model, inputs), expected)
 
 
-def test_adapters_that_are_merged_while_offloaded_are_noticed():
+def test_adapters_cannot_be_merged_while_weights_are_offloaded():
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -206,12 +272,10 @@ def test_adapters_that_are_merged_while_offloaded_are_noticed():
     inputs = inputs_for(tiny_llama())
     expected = logits(model, inputs)
     place(model, "cpu", link=LateLink())
-    model.merge_adapter()
-    with pytest.raises(ModelError, match=r"q_proj is offloaded and was written to.*or an adapter was merged into it"):
-        logits(model, inputs)
-    with pytest.warns(UserWarning, match="has its former values again"):
-        restore_weights(model)
-    assert torch.equal(logits(model, inputs), expected)  # adapters are beside the weights again
+    with pytest.raises(ModelError, match=r"q_proj.*is offloaded, and has values only while"):
+        model.merge_adapter()
+    assert torch.equal(logits(model, inputs), expected)
+    assert restore_weights(model)
     model.merge_adapter()
     merged = logits(model, inputs)
     place(model, "cpu", link=LateLink())
