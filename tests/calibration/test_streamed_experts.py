@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
 from streamed_and_blockwise import assert_same_checkpoint, blockwise, random_batches, recipe_of, streamed
 from tiny_models import DECODER, tiny_mixtral
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import hf_optim
 from hf_optim import Contract, ModelError, Reload, Technique, hookimpl, technique
@@ -16,6 +19,7 @@ from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli.jobs import preflight
 from hf_optim.cli.jobs.plan import Plan
 from hf_optim.compressed.experts import expert_schemes
+from hf_optim.compressed.packed.packed_experts import PackedExperts
 from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
 from hf_optim.testing.models import _build
 from hf_optim.toolkit.checkpoint.safetensors import SafetensorsHeaders
@@ -104,6 +108,34 @@ def test_it_writes_what_the_blockwise_driver_writes(case, homes, stock, tmp_path
         expected = model(**batches[0]).logits
     _, logits = stock.logits(tmp_path / "ours", "AutoModelForCausalLM", batches[0])
     assert torch.equal(logits, expected)
+
+
+# What the codes of experts run on: PyTorch's packed operators on a CPU, and Triton kernels.
+@pytest.mark.filterwarnings("ignore::hf_optim.KernelWarning")
+@pytest.mark.parametrize(
+    ("device", "kernel"),
+    [
+        ("cpu", "packed experts (PyTorch's CPU operators), 4-bit"),
+        pytest.param("cuda", "packed experts (Triton), ", marks=pytest.mark.gpu),
+    ],
+    ids=["cpu", "cuda"],
+)
+@pytest.mark.parametrize("step", [RTN, GPTQ], ids=["rtn", "gptq"])
+def test_the_experts_it_wrote_run_on_their_codes(step, device, kernel, tmp_path):
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, tmp_path / "out", dtype=torch.bfloat16)
+    dense = tiny_mixtral(intermediate_size=64, num_hidden_layers=3)
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    batches = random_batches(dense)
+    streamed(tmp_path / "dense", ({**step, "group_size": 32},), batches, tmp_path / "out")
+    stock, model = load().to(device), load(optim_config="auto").to(device)
+    assert sum(isinstance(module, PackedExperts) for module in model.modules()) == 3
+    rows = [row for row in hf_optim.report(model) if row.experts]
+    assert len(rows) == 6
+    assert all(row.kernel.startswith(kernel) for row in rows)
+    with torch.no_grad():
+        given = {name: value.to(device) for name, value in batches[0].items()}
+        ours, theirs = (one(**given).logits.float() for one in (model, stock))
+    assert 0 < float((ours - theirs).norm() / theirs.norm()) < 5e-2
 
 
 def stop_in(monkeypatch, name, at):

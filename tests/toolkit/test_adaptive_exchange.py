@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,20 +106,17 @@ def test_a_stopwatch_adds_the_backward():
     assert 0.05 <= times[0] - forward < 0.5
 
 
-def ranks(folder, world):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder / "found"), str(world)], capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+def ranks(python, folder, world):
+    done = python.script(SCRIPT, folder / "found", world)
+    assert done.status == 0, done.err[-2000:]
     return json.loads((folder / f"found-{world}.json").read_text())
 
 
 @REGISTRY
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks(world, tmp_path):
-    found = ranks(tmp_path, world)
+def test_ranks(world, python, tmp_path):
+    found = ranks(python, tmp_path, world)
 
     def of(name):
         assert all("error" not in one for one in found[name]), found[name]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -127,12 +125,9 @@ def test_routes_bring_every_row_to_its_rank_in_the_order_of_senders(nodes, local
 
 
 # -- real ranks -------------------------------------------------------------------------------------------------------
-def ranks(folder, world):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder / "found"), str(world)], capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+def ranks(python, folder, world):
+    done = python.script(SCRIPT, folder / "found", world)
+    assert done.status == 0, done.err[-2000:]
     return json.loads((folder / f"found-{world}.json").read_text())
 
 
@@ -183,15 +178,15 @@ def check(found, world, with_models=True):
         assert f"5 experts across {world}" in one["error"]
 
 
-def test_two_ranks(tmp_path):
-    check(ranks(tmp_path, 2), 2)
+def test_two_ranks(python, tmp_path):
+    check(ranks(python, tmp_path, 2), 2)
 
 
 @pytest.mark.slow
-def test_four_ranks(tmp_path):
-    check(ranks(tmp_path, 4), 4)
+def test_four_ranks(python, tmp_path):
+    check(ranks(python, tmp_path, 4), 4)
 
 
 @pytest.mark.slow
-def test_eight_ranks(tmp_path):
-    check(ranks(tmp_path, 8), 8, with_models=False)
+def test_eight_ranks(python, tmp_path):
+    check(ranks(python, tmp_path, 8), 8, with_models=False)

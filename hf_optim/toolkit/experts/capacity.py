@@ -14,9 +14,11 @@ token counts: a capacity such as 0.1 * 3 * 10 is 3, not a little more, and no ru
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TypeVar
 
-import torch
 from torch import Tensor
+
+Number = TypeVar("Number", Tensor, int)
 
 ROUNDINGS = ("round", "ceil", "floor", "vmoe", "tutel", "nllb")
 
@@ -38,21 +40,21 @@ def is_dropless(rounding: str, factor: float, top_k: int, experts: int) -> bool:
     return as_fraction(factor) * (1 if rounding == "nllb" else Fraction(top_k, experts)) >= 1
 
 
-def capacity(rounding: str, factor: float, tokens: Tensor, top_k: int, experts: int) -> Tensor:
+def capacity(rounding: str, factor: float, tokens: Number, top_k: int, experts: int) -> Number:
     """Return the slots of each expert for groups of tokens.
 
     Args:
         rounding: one of ``ROUNDINGS``.
         factor: C, above 0.
-        tokens: int64, any shape: T of each group.
+        tokens: T of each group, int64 of any shape; or one number, which may be symbolic.
         top_k: experts per token.
         experts: E.
 
     Returns:
-        int64 of the shape of ``tokens``; may be 0.
+        As ``tokens``; may be 0.
     """
     if is_dropless(rounding, factor, top_k, experts):
-        return tokens.clone()
+        return tokens + 0
     share = as_fraction(factor)
     if rounding == "nllb":
         return _ceil(tokens * share.numerator, share.denominator)
@@ -67,11 +69,13 @@ def capacity(rounding: str, factor: float, tokens: Tensor, top_k: int, experts: 
     if rounding == "vmoe":
         return _ceil(_ceil(above, below), 4) * 4
     if rounding == "round":
-        whole, rest = above // below, above % below
-        up = (2 * rest > below) | ((2 * rest == below) & (whole % 2 == 1))
-        return whole + up.to(torch.int64)
+        # Halves rounded up are one too many if they are halves and the result is odd; without comparisons, so that
+        # a symbolic number needs no guard.
+        doubled = 2 * above + below
+        whole, is_half = doubled // (2 * below), (2 * below - 1 - doubled % (2 * below)) // (2 * below - 1)
+        return whole - is_half * (whole % 2)
     raise ValueError(f"no rounding {rounding!r}")
 
 
-def _ceil(above: Tensor, below: int) -> Tensor:
+def _ceil(above: Number, below: int) -> Number:
     return -(-above // below)

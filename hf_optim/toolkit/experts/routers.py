@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +19,9 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k"
 def require_fitting_routers(model: PreTrainedModel, layers: Mapping[str, Any], label: str = "") -> None:
     """Raise ``ModelError`` for a router with fewer outputs than experts, or one that chooses none or more than all.
 
+    More outputs than experts are refused, too, unless the router's class makes them of its configuration: those of all
+    ranks, or of a shared expert. A pair that chooses one of them would be computed by no expert, without a word.
+
     Args:
         model: the model; it may be on the meta device.
         layers: its modules of experts, by name.
@@ -29,11 +33,23 @@ def require_fitting_routers(model: PreTrainedModel, layers: Mapping[str, Any], l
         experts = int(module.num_experts)
         if count is None and getattr(module, "_is_expert_parallel", False):
             continue  # it holds the experts of one rank, and nothing says how many there are
-        if count is not None and 1 < count < experts:  # the gate of a shared expert has one output
+        # The gate of a shared expert has one output.
+        if count is not None and (1 < count < experts or (count > experts and not _is_as_built(model, name, count))):
             raise ModelError(f"{begin}the router of {one_line(name)} has {count} outputs for {experts} experts")
         if top_k is not None and not 1 <= top_k <= max(experts, count or 0):
             only = "only " if top_k > experts else ""
             raise ModelError(f"{begin}tokens of {one_line(name)} choose {shown(top_k)} of {only}{experts} experts")
+
+
+def _is_as_built(model: PreTrainedModel, name: str, count: int) -> bool:
+    """Return True if the router beside a module of experts has the outputs its class gives it, or that is unknown."""
+    router, _ = router_beside(model, name)
+    try:
+        with torch.device("meta"):
+            made: Any = type(router)(model.config.get_text_config())  # type: ignore[call-arg, misc]
+        return len(made.weight) == count
+    except Exception:
+        return True
 
 
 def router_facts(model: PreTrainedModel, name: str) -> tuple[int | None, int | None]:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -129,8 +130,12 @@ def trial_error(
     weight = weight.transpose(1, 2) if transposed else weight
     bias = draw(EXPERTS, N).to(dtype) if has_bias else None
     choices = max(1, top_k)
-    tokens = -(-5 * block // (2 * choices))
-    experts = torch.randint(0, EXPERTS + 1, (tokens, choices), device=device, generator=random)
+    # Rows by expert: a whole block and one of a single row behind it, two whole ones, and a short one by itself.
+    counts = (block + 1, 2 * block, block // 3)
+    experts = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)]).to(device)
+    tokens = -(-(len(experts) + 1) // choices)
+    experts = F.pad(experts, (0, tokens * choices - len(experts)), value=EXPERTS)
+    experts = experts[torch.randperm(len(experts), device=device, generator=random)].view(tokens, choices)
     found = naive.route(experts, EXPERTS, block)
     rows = draw(tokens if top_k else tokens * choices, K).to(dtype)
     own = rows_product(rows, weight, bias, found, top_k, by_pair, block, gate, tiles).float()

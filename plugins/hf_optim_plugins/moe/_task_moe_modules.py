@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits, read_own_loss, watch_own_loss
 
 
 def is_known(values: Tensor) -> bool:
@@ -155,10 +155,9 @@ def with_tasks(former: Callable[..., Any]) -> Callable[..., Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         self.note_batch(task_ids, given)
         outputs = former(self, *args, **kwargs)
-        losses = [mixture.loss for mixture in self.task_mixtures() if mixture.loss is not None]
-        if not (self.training and losses and given.get("labels") is not None):
+        extra = self.router_loss() if self.training and given.get("labels") is not None else None
+        if extra is None:
             return outputs
-        extra = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
         if isinstance(outputs, tuple):
             return (outputs[0] + extra.to(outputs[0].device), *outputs[1:])
         outputs.loss = outputs.loss + extra.to(outputs.loss.device)
@@ -189,9 +188,18 @@ class TaskModel(CodedExperts, ReplacedModules):
 
     ``forward`` and ``generate`` take ``task_ids``, int64 ``[B]``: the number of the task of each sequence in
     ``config.task_moe["tasks"]``. ``task_ids_of`` makes them of names.
+
+    In training the balance losses are part of the loss that the model returns for labels. Where a loss is computed
+    outside of the model, ``router_loss`` has to be added to it.
     """
 
     replaced_field = "task_moe"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        field = getattr(self.config, self.replaced_field, None) or {}  # type: ignore[attr-defined]
+        if field.get("routing") == "token" and field.get("balance_loss"):
+            watch_own_loss(self, kwargs, "the balance losses of its routers", "model.router_loss()")
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -231,6 +239,12 @@ class TaskModel(CodedExperts, ReplacedModules):
     def task_mixtures(self) -> list[TaskMixture]:
         """Return the mixtures of the model."""
         return [module for module in self.modules() if isinstance(module, TaskMixture)]  # type: ignore[attr-defined]
+
+    def router_loss(self) -> Tensor | None:
+        """Return the balance losses of the last forward in training, weighted and summed over layers; None without."""
+        read_own_loss(self)
+        losses = [mixture.loss for mixture in self.task_mixtures() if mixture.loss is not None]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
 
     def task_ids_of(self, names: list[str]) -> Tensor:
         """Return the numbers of tasks, int64 ``[B]``. Raises ``ValueError`` for a name that the model does not have."""

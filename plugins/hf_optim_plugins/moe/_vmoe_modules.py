@@ -55,10 +55,9 @@ def load_loss(logits: Tensor, noisy: Tensor, top_k: int, deviation: float) -> Te
     return squared_variation(torch.special.ndtr((logits - threshold) / deviation).mean(0))
 
 
-@torch.compiler.assume_constant_result
 def slots_of(rounding: str, factor: float, tokens: int, top_k: int, experts: int) -> int:
     """Return the slots of an expert for a group of ``tokens``, at least 1; ``tokens`` if nothing can be dropped."""
-    return max(1, int(capacity(rounding, factor, torch.tensor(tokens), top_k, experts)))
+    return max(1, capacity(rounding, factor, tokens, top_k, experts))
 
 
 @grouped_where_it_fits

@@ -126,8 +126,8 @@ class Upcycle(Technique):
     def transform_model(self, run: Run) -> PreTrainedModel:
         dense, label = run.model, run.label(self)
         target, config = self._target(dense, label)
-        if dense.dtype == torch.float64:
-            config._experts_implementation = "eager"  # PyTorch's fused kernels do not support float64
+        # A dense class has "eager" there, which would be kept. PyTorch's fused kernels do not support float64.
+        config._experts_implementation = "eager" if dense.dtype == torch.float64 else None
         model, spare = transplant.transplant(dense, target, config)
         layers = self._fill_experts(model, spare, label)
         _move_masks(run, layers, self.experts)

@@ -47,6 +47,7 @@ def gated():
 
 
 # -- the oracle -------------------------------------------------------------------------------------------------------
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     ("fields", "base"),
     [
@@ -101,6 +102,7 @@ def test_routing_by_token_is_the_sum_over_the_largest_gates():
     assert torch.allclose(layer(rows[None])[0], expected, atol=1e-12)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", ["grouped_mm", "batched_mm", "hf_optim"])
 @pytest.mark.parametrize("build", [tiny_t5, lambda: gated().float()], ids=["plain", "gated"])
 def test_every_implementation_of_experts_computes_the_same(name, build):
@@ -188,6 +190,21 @@ def test_a_stock_trainer_trains_it(routing, tmp_path):
     first = float(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
     assert (first > 300) == (routing == "token")  # four layers with a balance loss of 100 or more
     assert trainer.evaluate()["eval_loss"] < 20
+
+
+def test_a_loss_that_is_computed_outside_of_the_model_warns_of_the_balance_loss(tmp_path):
+    model = task_moe(tiny_t5(), tasks=TASKS, routing="token", balance_loss=0.01)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, label_smoothing_factor=0.1, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    ids = TEXT["decoder_input_ids"]
+    rows = [{**Examples()[index], "decoder_input_ids": ids[0]} for index in range(4)]
+    with pytest.warns(UserWarning, match="without the balance losses of its routers"):
+        Trainer(model=model, args=args, train_dataset=rows).train()
+    found = model.train()(input_ids=TEXT["input_ids"], decoder_input_ids=ids)
+    assert found.loss is None
+    assert float(model.router_loss().detach()) == pytest.approx(0.04, rel=0.5)  # four layers, 1 at balance
 
 
 def test_gradient_checkpointing_has_the_same_gradients():

@@ -89,6 +89,12 @@ def test_renormalised_top_k_is_the_dense_model(build, target, top_k):
     assert torch.allclose(logits(run.model), logits(dense), rtol=0, atol=1e-6)
 
 
+def test_experts_run_as_those_of_stock_transformers():
+    for dtype, name in ((torch.float32, "grouped_mm"), (torch.float64, "eager")):
+        model = hf_optim.optimize(tiny_llama().to(dtype), [{"technique": "upcycle", "experts": 4}])
+        assert model.config._experts_implementation == name
+
+
 def test_a_window_survives():
     run = upcycle(tiny_mistral())
     assert run.model.config.sliding_window == 4

@@ -138,6 +138,16 @@ def test_it_compiles_as_one_graph():
         assert torch.allclose(compiled(pixel_values=pictures()).logits, logits(model), atol=1e-6)
 
 
+@pytest.mark.parametrize("fields", [{"capacity": 0.5}, {"capacity": 0.5, "group": "image"}, {"capacity": 2.0}], ids=str)
+def test_a_compiled_model_takes_batches_of_other_sizes(fields):
+    model = vmoe(experts=4, batch_priority=True, expert_noise=0.5, **fields)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for count in (6, 2, 5):
+            assert torch.allclose(compiled(pixel_values=pictures(count)).logits, logits(model, count), atol=1e-6)
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def saved(tmp_path):

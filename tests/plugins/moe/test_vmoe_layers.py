@@ -185,6 +185,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fields", [{"top_k": 4}, {"top_k": 2, "normalize": True}], ids=["k = E", "gates sum to 1"])
 def test_copies_with_gates_that_sum_to_one_are_the_dense_model(family, fields):
@@ -195,6 +196,7 @@ def test_copies_with_gates_that_sum_to_one_are_the_dense_model(family, fields):
     assert torch.allclose(logits(model), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("rounding", experts.ROUNDINGS)
 def test_nothing_is_dropped_from_e_over_k_on(rounding):
     model = vmoe(rounding=rounding, **DROPLESS, expert_noise=0.5)
@@ -209,6 +211,7 @@ def test_nothing_is_dropped_from_e_over_k_on(rounding):
     assert not torch.equal(logits(model), without)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", ["grouped_mm", "batched_mm", "hf_optim"])
 @pytest.mark.parametrize("capacity", [0.5, 2.0])
 def test_every_implementation_of_experts_computes_the_same(name, capacity):
