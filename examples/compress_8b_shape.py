@@ -3,7 +3,8 @@
 Writes the checkpoint shard by shard (dimensions of Llama-3-8B: width 4096, 32 layers, 14336 in the MLP, 32 query and 8
 key/value heads, 128256 tokens), then runs ``hf-optim compress --driver streamed`` on it in a child process with limited
 memory, and prints the seconds per block and the peak memory. Calibration data are random token ids, so no tokenizer is
-needed; a recipe without data (``rtn``) only streams the weights.
+needed; a recipe without data (``rtn``) only streams the weights. All blocks have the same shape, so a few of them
+(``--layers``) say what each of the 32 takes.
 
 The limit applies to the process's own memory (``RssAnon``, and ``RssShmem``, which holds pinned buffers). It is checked
 every 20 ms, and a process beyond it is killed. Limits of the system (``RLIMIT_DATA``, ``RLIMIT_AS``) count address
@@ -14,6 +15,7 @@ because the system may drop them.
     python examples/compress_8b_shape.py --recipe rtn                       # a CPU; 16 GB + 5 GB of disk
     python examples/compress_8b_shape.py --recipe gptq --samples 128        # a GPU
     python examples/compress_8b_shape.py --recipe gptq --layers 2 --samples 4 --seq-len 64
+    python examples/compress_8b_shape.py --recipe signround --layers 2 --batch-size 8 --limit 14    # a GPU
 """
 
 from __future__ import annotations
@@ -27,16 +29,39 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 GIB = 2**30
 WIDTH, INNER, HEADS, KEY_VALUE_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
-RECIPES = {
+RECIPES: dict[str, list[dict[str, Any]] | None] = {
     "rtn": [{"technique": "rtn", "bits": 4, "group_size": 128}],
     "gptq": [{"technique": "gptq", "bits": 4, "group_size": 128}],
+    "gptq-recursion": [{"technique": "gptq", "bits": 4, "group_size": 128, "refine": 0}],
+    # The settings of the paper and of AutoRound's default: 200 signed steps of 8 sequences a block.
+    "signround": [{"technique": "signround", "bits": 4, "group_size": 128}],
+    "w4a16-best": None,
 }
+"""Steps by name; None for those of the recipe of that name that hf_optim ships."""
+
+
+def steps_of(name: str) -> list[dict[str, Any]]:
+    """Return the steps of one of ``RECIPES``."""
+    from hf_optim import OptimConfig
+
+    return RECIPES[name] or OptimConfig.load(name).to_dict()["steps"]
+
+
+def summary(name: str, results: dict[str, Any]) -> str:
+    """Return one line: seconds a block, and the peak of memory on the device and of the process."""
+    stage = results["stage"]
+    return (
+        f"{name}: {stage['seconds_per_block']:.2f} s a block ({stage['blocks']} blocks, the slowest "
+        f"{stage['slowest_block_seconds']:.2f} s), peak {stage['peak_memory_bytes'] / GIB:.2f} GiB "
+        f"({stage['peak_memory_of']}), {results['peak_own_memory_gib']:.2f} GiB of own memory on the host"
+    )
 
 
 def shard_shapes(layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -149,6 +174,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=6.0, help="GiB of host memory")
     parser.add_argument("--device", default=None)
     parser.add_argument("--spill", action="store_true", help="keep activations on disk")
+    parser.add_argument("--record", type=Path, help="file to write the results to, as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the files; an existing checkpoint is always used")
     args = parser.parse_args()
     source, output = args.home / "model", args.home / "result"
@@ -157,9 +183,10 @@ def main() -> None:
         started = time.perf_counter()
         total = write_checkpoint(source, args.layers)
         print(f"wrote {total / GIB:.2f} GiB of weights in {time.perf_counter() - started:.0f} s", flush=True)
+    shutil.rmtree(output, ignore_errors=True)  # of a run before that kept its files
     calibration = {"samples": args.samples, "seq_len": args.seq_len, "batch_size": args.batch_size}
     recipe = args.home / "recipe.json"
-    recipe.write_text(json.dumps({"steps": RECIPES[args.recipe], "calibration": calibration}))
+    recipe.write_text(json.dumps({"steps": steps_of(args.recipe), "calibration": calibration}))
     command = [sys.executable, "-m", "hf_optim.cli", "compress", str(source), "--recipe", str(recipe)]
     command += ["--output", str(output), "--driver", "streamed"]
     command += ["--calibration", "random"] if args.recipe != "rtn" else []
@@ -167,7 +194,11 @@ def main() -> None:
     command += ["--spill", str(args.home)] if args.spill else []
     started = time.perf_counter()
     peaks = run_with_limit(command, int(args.limit * GIB))
+    record = json.loads((output / "hf_optim.json").read_text())
     results = {
+        "recipe": record["recipe"]["steps"],
+        "calibration": calibration,
+        "versions": record["versions"],
         "seconds": round(time.perf_counter() - started, 1),
         "limit_gib": args.limit,
         "peak_own_memory_gib": round(peaks["own"] / GIB, 3),
@@ -176,9 +207,12 @@ def main() -> None:
         "result_gib": round(sum(f.stat().st_size for f in output.glob("*.safetensors")) / GIB, 3),
         "free_disk_gib": round(shutil.disk_usage(args.home).free / GIB, 1),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "stage": json.loads((output / "hf_optim.json").read_text())["stages"][0],
+        "stage": record["stages"][0],
     }
     print(json.dumps(results, indent=2))
+    print(summary(args.recipe, results))
+    if args.record:
+        args.record.write_text(json.dumps(results, indent=2) + "\n")
     if not args.keep:
         shutil.rmtree(source)
         shutil.rmtree(output)

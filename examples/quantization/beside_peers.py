@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,7 @@ def run_cell(cell: Cell, subject: Subject, python: str, device: str, recipe: str
                 result["quality"] = measure(subject, cell, folder / "weights.safetensors")
             except (ValueError, RuntimeError) as error:  # other values than asked for, or tensors of other shapes
                 result["failed"] = str(error)[:300]
-        return {**result, "device": device}
+        return {**result, "device": device, "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
 
 
 def measure(subject: Subject, cell: Cell, weights: Path) -> float:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from peer_cells import BITS, DRAWS, GROUP, GROUPS, METHODS, OURS, PEERS, SUBJECTS, Cell, Results, all_cells
-from peer_verdicts import HEADLINE, LOWER_IS_BETTER, RULE, failure, goal, judge_all, qualities, summary
+from peer_verdicts import HEADLINE, LOWER_IS_BETTER, MODEL, RULE, bars, failure, goal, judge_all, qualities, summary
 
 METRICS = {
     "babyllama-1m": "perplexity on TinyStories",
@@ -28,11 +28,13 @@ Written by `examples/quantization/beside_peers.py`, which computes every cell. T
 the same bits, groups and calibration data for all; every method returns its dequantized weights, which are checked to
 be codes of that many bits and measured here, in float32. No zero points at 4 and 3 bits, zero points at 2. Calibration:
 256 windows of 256 tokens of TinyStories for the language models, 512 sentences of the training split for the encoders,
-in {DRAWS} draws. Settings were chosen on babyllama-1m and on the dev split of STS-B; the rest is quoted as it comes.
+whose weights were rounded to float16 first, in {DRAWS} draws. Settings were chosen on babyllama-1m and on the dev split
+of STS-B; the rest is quoted as it comes.
 
 Figures are means over the draws; after them, half the distance from the smallest to the largest; in brackets the number
 of draws, where it is not {DRAWS}. The best of a column is bold. Seconds are of processor time on one thread, memory is
-what the method held beyond the model and the data; both are medians over the widths and draws of the table.
+what the method held beyond the model and the data; both are medians over the widths and draws of the table, whose cells
+were computed on machines of different speed: only the goal on time compares cells of one machine.
 
 - ours: `gptq` with ranges by squared error; `awq, rtn`; `signround` as in its paper; `best`, the recipes `w4a16-best`,
   `w3a16-best` and `w2a16-best`, one for each width, as they are shipped but for the groups.
@@ -54,6 +56,7 @@ def page(results: Mapping[str, Any]) -> str:
     for group in GROUPS:
         lines += [f"- {summary(judge_all(cells, group, m), group, m)}" for m in (HEADLINE, *OURS[:-1])]
     lines += ["", goal(judge_all(cells, GROUP, HEADLINE))]
+    lines += ["", f"Its goals on {MODEL} with groups of {GROUP}:", "", *bars(cells)]
     for subject in SUBJECTS:
         lines += ["", f"## {subject}: {METRICS[subject]}", ""]
         if subject in dense:
@@ -125,18 +128,19 @@ def _median(cells: Mapping[str, Any], subject: str, group: int | None, method: s
 
 def _recipes(cells: Mapping[str, Any]) -> list[str]:
     """Return the section on the steps of our best recipes, as they ran."""
-    found = {
-        (cell.bits, cell.group): f"- {cell.bits} bits, {f'groups of {cell.group}' if cell.group else 'per channel'}: "
-        + ", then ".join(
-            f"`{step['technique']}` with {', '.join(f'{k} {v}' for k, v in step.items() if k != 'technique')}"
-            for step in cells[cell.key]["steps"]
-        )
-        for cell in all_cells(methods=[HEADLINE])
-        if "steps" in cells.get(cell.key, {})
-    }
+    found: dict[str, list[str]] = {}
+    for cell in all_cells(methods=[HEADLINE]):
+        if steps := cells.get(cell.key, {}).get("steps"):
+            text = f"{cell.bits} bits, {f'groups of {cell.group}' if cell.group else 'per channel'}: " + ", then ".join(
+                f"`{step['technique']}` with {', '.join(f'{k} {v}' for k, v in step.items() if k != 'technique')}"
+                for step in steps
+            )
+            subjects = found.setdefault(text, [])
+            subjects += [cell.subject] * (cell.subject not in subjects)
     if not found:
         return []
-    lines = ["", f"## The steps of `{HEADLINE}`", "", *(f"{line}." for line in found.values())]
+    lines = ["", f"## The steps of `{HEADLINE}`", "", "200 steps of 8 sequences where no other number is given.", ""]
+    lines += [f"- {text} ({'; '.join(subjects)})." for text, subjects in found.items()]
     if any(step.get("tune_norms") for cell in cells.values() for step in cell.get("steps", ())):
         lines += ["", "They also learn the gains of the norms, which AutoRound offers as an option, off by default."]
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from peer_cells import BITS, DRAWS, GROUP, PEERS, SUBJECTS, Cell
 LOWER_IS_BETTER = ("babyllama-1m", "stories260k")
 GOAL = 10  # of the cells with groups
 HEADLINE = "best"  # the method that the goal is about
+MODEL, MOST = "babyllama-1m", {4: 2.248, 3: 2.315, 2: 3.0}  # the goal for perplexity there, by bits
+TIMED = "AutoRound"  # the tool whose time is not to be exceeded there
 
 RULE = (
     "A cell is a model and a width. A method of ours is *better than or equal* to the other tools there if the mean "
@@ -117,6 +120,36 @@ def goal(verdicts: list[Verdict]) -> str:
     possible = won + sum(not v.decided for v in verdicts)
     state = "met" if won >= GOAL else "missed" if possible < GOAL else "open"
     return f"The goal, {GOAL} of {len(verdicts)} cells with groups of {GROUP} for `{HEADLINE}`, is {state}."
+
+
+def bars(cells: Mapping[str, Any]) -> list[str]:
+    """Return whether the goals for perplexity and time on ``MODEL`` are met; open while draws are missing."""
+    lines = []
+    for bits, most in MOST.items():
+        found = list(qualities(cells, MODEL, bits, GROUP, HEADLINE).values())
+        state = "open" if len(found) < DRAWS else "met" if statistics.fmean(found) <= most else "missed"
+        mean = f"{statistics.fmean(found):.4f} in {len(found)} draws" if found else "not run"
+        lines.append(f"- Perplexity of at most {most:.3f} at {bits} bits: {mean}, {state}.")
+    pairs = _beside(cells)
+    if pairs:
+        ours, theirs = (statistics.median(each) for each in zip(*pairs, strict=True))
+        state = "met" if ours <= theirs else "missed"
+        lines.append(
+            f"- No more time than {TIMED}: {ours:.0f} s in the median, {theirs:.0f} s, in {len(pairs)} "
+            f"cell{'s' * (len(pairs) != 1)} that one machine computed for both, {state}."
+        )
+    return lines
+
+
+def _beside(cells: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return the processor seconds of ``HEADLINE`` and of ``TIMED`` in the cells that one machine computed for both."""
+    found = []
+    for bits in BITS:
+        for draw in range(DRAWS):
+            pair = [cells.get(Cell(MODEL, bits, GROUP, m, draw).key, {}) for m in (HEADLINE, TIMED)]
+            if all("quality" in each for each in pair) and pair[0].get("machine") == pair[1].get("machine"):
+                found.append((pair[0]["processor_seconds"], pair[1]["processor_seconds"]))
+    return found
 
 
 def _behind(verdict: Verdict) -> str:

@@ -17,8 +17,8 @@ def convert_to_dense(model: nn.Module) -> list[str]:
 
     Weights decode to the same values. Quantization of *activations* has no dense equivalent and is dropped.
 
-    A codebook module of remote code (``holds_codes``) has a method ``to_dense() -> (module, exact)``, which returns the
-    stock module that replaces it, and whether that module computes the same.
+    A module of remote code has a method ``to_dense() -> (module, exact)`` if it holds codes or computes something else
+    than a stock one: it returns the stock module that replaces it, and whether that module computes the same.
 
     Returns the names of modules whose outputs change: activation quantization was dropped, or ``exact`` was False.
     """
@@ -29,7 +29,7 @@ def convert_to_dense(model: nn.Module) -> list[str]:
     restore(model)
     changed = []
     for name, module in list(model.named_modules()):
-        if getattr(module, "holds_codes", False):
+        if hasattr(module, "to_dense"):
             dense, exact = module.to_dense()  # type: ignore[operator]
             replace_module(model, name, dense)
             changed += [] if exact else [name]

@@ -76,17 +76,19 @@ def joined(*modules: ModuleType) -> str:
 
     Those imports, and repeated ``from __future__`` lines, are removed from the text.
     """
-    kept = [FUTURE]
-    for module in modules:
-        source = inspect.getsource(module)
-        dropped = {
-            line
-            for node in ast.parse(source).body
-            if isinstance(node, ast.ImportFrom) and (node.level or _is_ours(node.module or ""))
-            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        }
-        kept += [line for number, line in enumerate(source.splitlines(), 1) if number not in dropped]
-    return "\n".join(kept) + "\n"
+    return "\n".join([FUTURE, *map(_part, modules)]) + "\n"
+
+
+@cache
+def _part(module: ModuleType) -> str:
+    source = inspect.getsource(module)
+    dropped = {
+        line
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom) and (node.level or _is_ours(node.module or ""))
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    return "\n".join(line for number, line in enumerate(source.splitlines(), 1) if number not in dropped)
 
 
 def _is_ours(module: str) -> bool:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError
 from ..runs.progress import stage
 from ..runs.run import Run, find_run, require_sound
+from ..toolkit import exits
 from ..toolkit.distributed import collectives, fsdp
-from ..toolkit.exits import exits_of, save_exits, store_settings, stored_settings
+from ..toolkit.exits import ExitHeads, ExitSettings, exits_of, save_exits, store_settings, stored_settings
 from ..trust import code
 from . import save_methods
 from .atomic import replace_directory, use_default_mode
@@ -55,6 +56,16 @@ def attach_exit_save(model: PreTrainedModel) -> None:
     from .hub import push_to_hub
 
     save_methods.install(model, {"save_pretrained": _save_pretrained, "push_to_hub": push_to_hub})
+
+
+def attach_exits(model: PreTrainedModel, settings: ExitSettings) -> ExitHeads:
+    """Give a model exits, in place of those that it may have, and return them; ``save_pretrained`` writes them, too.
+
+    Raises ``ModelError`` for a model without blocks, an encoder-decoder, and a block that the model has not.
+    """
+    made = exits.attach_exits(model, settings)
+    attach_exit_save(model)
+    return made
 
 
 def save_exits_of(model: PreTrainedModel, directory: Path) -> None:

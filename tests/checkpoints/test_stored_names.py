@@ -20,9 +20,12 @@ def stored() -> dict[str, str]:
     return {name: code.source for name, code in found.items() if code is not None}
 
 
+parsed = cache(ast.parse)
+
+
 def defined(source: str) -> Iterator[str]:
     """Yield the names that statements of a module define, one each time."""
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -30,10 +33,11 @@ def defined(source: str) -> Iterator[str]:
             yield from (each.id for each in ast.walk(target) if isinstance(each, ast.Name)) if target else ()
 
 
+@cache
 def imported(source: str) -> dict[str, set[str]]:
     """Return what is imported under each name."""
     found: dict[str, set[str]] = {}
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for each in node.names:
                 name = each.asname or each.name.partition(".")[0]
@@ -50,7 +54,7 @@ def repeated(source: str) -> list[str]:
 
 def unknown(source: str) -> list[str]:
     """Return the names that a module reads and defines nowhere."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     known = {*dir(builtins), *imported(source), "__name__", "__file__"}
     read = set()
     for node in ast.walk(tree):

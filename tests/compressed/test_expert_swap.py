@@ -76,6 +76,7 @@ def quantized(build=mixtral, **fields):
     return hf_optim.optimize(model, [{**RTN, **fields}], calibration=IDS)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_packed_model_computes_what_the_recipe_made(build):
     model = quantized(build)

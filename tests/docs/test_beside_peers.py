@@ -136,6 +136,30 @@ def test_the_goal_is_met_missed_or_open(parts, won, undecided, state):
     assert ("AutoRound 1.0000, ours 2.0000" in text) == (won + undecided < 12)
 
 
+def test_the_bars_on_one_model_are_met_missed_or_open(parts):
+    bars = parts["peer_verdicts"].bars
+
+    def quality(cell):
+        return {4: 2.246, 3: 2.32, 2: 2.9}[cell.bits] + 0.001 * cell.draw
+
+    cells = filled(parts, quality)
+    cells.pop("babyllama-1m | 2 | 32 | best | 1")
+    for key in cells:
+        if "| AutoRound |" in key:
+            cells[key]["processor_seconds"] = 1.4
+    cells["babyllama-1m | 4 | 32 | AutoRound | 0"] |= {"processor_seconds": 90.0, "machine": "another"}
+    assert bars(cells) == [
+        "- Perplexity of at most 2.248 at 4 bits: 2.2470 in 3 draws, met.",
+        "- Perplexity of at most 2.315 at 3 bits: 2.3210 in 3 draws, missed.",
+        "- Perplexity of at most 3.000 at 2 bits: 2.9010 in 2 draws, open.",
+        "- No more time than AutoRound: 2 s in the median, 1 s, in 7 cells that one machine computed for both, missed.",
+    ]
+    assert bars({}) == [
+        f"- Perplexity of at most {m} at {b} bits: not run, open."
+        for b, m in ((4, "2.248"), (3, "2.315"), (2, "3.000"))
+    ]
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 def test_tables_have_means_spreads_and_reasons(parts):
     cells = filled(
@@ -156,7 +180,7 @@ def test_the_steps_of_the_best_recipe_are_told(parts):
     step = {"technique": "signround", "bits": 3, "steps": 200}
     cells = {"babyllama-1m | 3 | 32 | best | 0": result(2.0, steps=[step])}
     text = page({"cells": cells, "dense": {}})
-    assert "\n- 3 bits, groups of 32: `signround` with bits 3, steps 200.\n" in text
+    assert "\n- 3 bits, groups of 32: `signround` with bits 3, steps 200 (babyllama-1m).\n" in text
     assert "gains of the norms" not in text
     step["tune_norms"] = True
     assert "They also learn the gains of the norms" in page({"cells": cells, "dense": {}})

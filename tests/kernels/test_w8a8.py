@@ -6,6 +6,7 @@ The tests of the Triton kernels run interpreted on a CPU, and on a CUDA device (
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -435,16 +436,12 @@ def test_joined_operands(device):
     ],
 )
 def test_what_is_not_served_says_why(changes, reason):
-    from dataclasses import replace
-
     found = layer.supports(replace(quantized_weight(24, 64), **({"device": torch.device("cuda")} | changes)))
     assert reason in found
     assert bool(found) == bool(reason)
 
 
 def test_compute_capability_decides(monkeypatch):
-    from dataclasses import replace
-
     pytest.importorskip("triton")
     on_cuda = {"device": torch.device("cuda")}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -457,8 +454,6 @@ def test_compute_capability_decides(monkeypatch):
 
 
 def test_static_inputs_without_a_scale_are_refused():
-    from dataclasses import replace
-
     given = quantized_weight(24, 64)
     found = given.codes()
     with pytest.raises(ValueError, match="no scale"):
@@ -482,8 +477,6 @@ def test_candidates_and_defaults_have_the_same_names(float8):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
 def test_fewer_bits_take_a_byte_each(bits):
-    from dataclasses import replace
-
     g = torch.Generator().manual_seed(0)
     weight = quantized_weight(24, 64)
     found = replace(weight.codes(), codes=torch.randint(0, 2**bits, (24, 64), generator=g, dtype=torch.uint8))
@@ -493,3 +486,25 @@ def test_fewer_bits_take_a_byte_each(bits):
     joined = layer.join([packed_weight, packed_weight])
     assert torch.equal(joined.codes().codes, torch.cat([found.codes, found.codes]))
     assert layer.join([packed_weight, layer.PackedWeight.of(weight)]) is None
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("columns", "block"), [(64, 64), (96, 32)])
+def test_rotated_inputs_are_quantized_in_the_pass_that_rotates_them(columns, block, dtype, device, monkeypatch):
+    from hf_optim_kernels.hadamard import op as hadamard
+
+    def packed(**other):
+        return layer.PackedWeight.of(replace(quantized_weight(48, columns, device=device, **other), dtype=dtype))
+
+    packed_weight = packed()
+    x = torch.randn(2, 8, columns, generator=torch.Generator().manual_seed(3)).to(dtype).to(device)
+    two_passes = packed_weight(hadamard.hadamard(x, block))
+    monkeypatch.setattr(packed_weight, "planned", None)  # which would quantize
+    assert torch.equal(packed_weight.rotated_forward(x, block), two_passes)
+    assert packed_weight.rotated_forward(x[:, :7], block) is None  # few rows: two passes are as fast
+    assert packed_weight.rotated_forward(x, 3 * columns) is None  # blocks that do not divide the columns overlap
+    assert packed_weight.rotated_forward(x.float(), block) is None
+    assert packed_weight.rotated_forward(x.clone().requires_grad_(), block) is None
+    for other in ({"float8": True}, {"dynamic": False}, {"symmetric": False}):
+        assert packed(**other).rotated_forward(x, block) is None

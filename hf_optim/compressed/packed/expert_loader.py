@@ -94,8 +94,13 @@ def expose_experts(model: Any, packs_experts: bool) -> None:
         why = f"{other} does not run its experts through transformers' interface" if other else "no kernel runs experts"
         raise UnsupportedCheckpoint(f"its experts are stacked matrices, and {why}")
     for name, module in fused.items():
-        if getattr(module, "has_bias", False) or getattr(module, "_is_expert_parallel", False):
-            raise UnsupportedCheckpoint(f"{name} has biases, or experts on several ranks")
+        if getattr(module, "has_bias", False):
+            raise UnsupportedCheckpoint(
+                f"the experts of {name} have biases, for which this format has no reader: use the dense checkpoint, or "
+                "gpt-oss's own in MXFP4"
+            )
+        if getattr(module, "_is_expert_parallel", False):
+            raise UnsupportedCheckpoint(f"the experts of {name} are spread over ranks: load the model on one")
         try:
             rows = {key: checkpoint_rows(model, f"{name}.{key}", module) for key in matrix_names(module)}
         except ModelError as error:

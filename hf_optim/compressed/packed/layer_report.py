@@ -12,6 +12,7 @@ from torch import nn
 
 from ...toolkit import experts, topology
 from ...toolkit.distributed.tensor_parts import RANK, part_of
+from ...toolkit.offloading import stored_weights
 from ...toolkit.topology.experts import fused_experts, matrix_names, matrix_shape
 from ...trust.figures import format_count
 from ..experts import PACKED_EXPERTS, expert_schemes
@@ -125,6 +126,11 @@ def report(model: nn.Module) -> Report:
 
     For a compressed model that is not accelerated, the reason names the kernel that ``accelerate`` would use.
     """
+    with stored_weights(model):  # of an offloaded model
+        return _report(model)
+
+
+def _report(model: nn.Module) -> Report:
     unsupported = model.__dict__.get(UNSUPPORTED)
     linears = topology.linears(model)
     kernels = kernels_for(model)

@@ -160,6 +160,24 @@ class PackedLinear(nn.Linear):
             output = output + (bias - bias.detach())
         return output
 
+    def rotated_forward(self, input: Tensor, block: int) -> Tensor | None:
+        """Return ``forward`` of Hadamard transforms of ``input``, rotated and quantized in one pass over it.
+
+        Args:
+            input: [..., in].
+            block: neighbouring channels that are transformed together.
+
+        Returns [..., out]; None where the packed weight does not do that, and where hooks must see the input.
+        """
+        run = getattr(self._modules[PACKED_WEIGHT], "rotated_forward", None)
+        bias = self._parameters["bias"]
+        if run is None or self._forward_pre_hooks or self._forward_hooks or not self._accepts(input):
+            return None
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return None
+        found: Tensor | None = run(input, block)
+        return found
+
     def dense(self, input: Tensor) -> Tensor:
         """Multiply with a weight decoded for this call; the input is quantized according to the layer's scheme."""
         scheme = getattr(self, "quantization_scheme", None)

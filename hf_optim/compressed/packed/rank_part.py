@@ -98,6 +98,7 @@ class RankPart:
             )
         plan = plans.plan_of(model, self.plan)
         plans.require_modules(model, self.plan)
+        plans.require_fitting_rules(model, self.plan)
         plans.require_divisible_heads(model.config, plan, self.ranks)
         shapes: dict[str, tuple[int, int]] = {}
         tied = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)

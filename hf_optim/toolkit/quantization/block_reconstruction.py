@@ -6,8 +6,9 @@ The rest of the model does not change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,14 @@ from transformers import Cache
 
 from ...errors import NumericalError
 
-# How often, at most, the loss over all examples is computed: each time costs a forward pass over them.
+# How often, at most, states are compared, and on how many sequences: each time costs a forward pass over them.
 MAX_EVALUATIONS = 10
+COMPARED_SEQUENCES = 32
+# A loss that is smaller than this share of the one before training is smaller on the other sequences, too.
+CERTAIN_GAIN = 0.9
+
+# Computes from the trained parameters what a block takes in place of its own weights, by name.
+Weights = Callable[[], Mapping[str, Tensor]]
 
 
 class BlockExamples:
@@ -73,10 +80,20 @@ class BlockExamples:
         return _masked_mse(output.float(), target.float(), example.rows.to(self.device))
 
     @torch.no_grad()
-    def mean_loss(self, block: Callable[..., Any]) -> float:
-        """Return the mean loss over all sequences of all examples."""
-        sums = [float(self.loss(block, n)) * self.num_sequences(n) for n in range(len(self))]
-        return math.fsum(sums) / max(self.total_sequences, 1)
+    def mean_loss(self, block: Callable[..., Any], numbers: Iterable[int]) -> float:
+        """Return the mean loss over the sequences of some examples."""
+        counts = {number: self.num_sequences(number) for number in numbers}
+        total = math.fsum(float(self.loss(block, number)) * count for number, count in counts.items())
+        return total / max(sum(counts.values()), 1)
+
+    def some(self, sequences: int) -> list[int]:
+        """Return evenly spaced examples with at least ``sequences`` sequences; all, if there are no more."""
+        share = min(1.0, sequences / max(self.total_sequences, 1))
+        for count in range(max(1, math.ceil(share * len(self))), len(self)):
+            found = [(2 * number + 1) * len(self) // (2 * count) for number in range(count)]
+            if sum(map(self.num_sequences, found)) >= sequences:
+                return found
+        return list(range(len(self)))
 
     def batches(self, batch_size: int, seed: int) -> Iterator[list[int]]:
         """Yield groups of examples of at least ``batch_size`` sequences in random order, endlessly."""
@@ -140,8 +157,12 @@ def reconstruct_block(
     label: str,
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
     evaluate_every: int = 1,
+    weights: Weights | None = None,
 ) -> tuple[float, float]:
     """Train ``parameters`` until ``block`` reproduces the outputs of ``examples``; keep the best state seen.
+
+    States are compared on the same ``COMPARED_SEQUENCES`` sequences. A gain below a tenth there over the state before
+    training is confirmed on all sequences, so that the loss does not rise.
 
     Args:
         block: the block, in the training or evaluation mode that the caller chose, or a function that computes it.
@@ -154,39 +175,56 @@ def reconstruct_block(
         masks: ``id`` of one of ``parameters`` -> bool mask of its shape; values where it is False do not change.
         label: start of the message of the ``NumericalError`` that is raised if the loss is not finite.
         optimizer: makes the optimizer of the tensors that it is given; None for Adam. The rates of its groups decay.
-        evaluate_every: epochs, at least, between computations of the loss over all examples. One takes a third of the
-            time of an epoch.
+        evaluate_every: epochs, at least, between comparisons.
+        weights: computed once for each step and comparison, for all of its examples; ``block`` gets them as its first
+            argument. None for a block that reads the parameters itself.
 
     Returns:
-        The mean loss over all examples before and after; the second is not larger.
+        The mean loss before and after over the sequences that were compared; the second is not larger.
     """
-    before = best = _checked(examples.mean_loss(block), label)
+
+    def mean_loss(numbers: Iterable[int]) -> float:
+        with torch.no_grad():
+            return _checked(examples.mean_loss(block if weights is None else partial(block, weights()), numbers), label)
+
+    compared, everything = examples.some(COMPARED_SEQUENCES), range(len(examples))
+    before = best = mean_loss(compared)
     if not learning_rate or not steps:
         return before, before
     masters = [_master(tensor) for tensor in parameters]
     descent = torch.optim.Adam(masters, lr=learning_rate) if optimizer is None else optimizer(masters)
     rates = [group["lr"] for group in descent.param_groups]
-    kept = [tensor.detach().clone() for tensor in parameters]
+    first = kept = _copies(parameters)
     epoch = math.ceil(examples.total_sequences / batch_size)
     every = max(math.ceil(steps / MAX_EVALUATIONS), evaluate_every * epoch if epoch > 1 else 1)
     for step, numbers in zip(range(steps), examples.batches(batch_size, seed), strict=False):
         for group, rate in zip(descent.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / steps)
-        _checked(_set_gradients(block, parameters, masters, examples, numbers, masks), label)
+        _checked(_set_gradients(block, parameters, masters, examples, numbers, masks, weights), label)
         descent.step()
         _copy(masters, parameters)
         if (step + 1) % every == 0 or step + 1 == steps:
-            loss = _checked(examples.mean_loss(block), label)
+            loss = mean_loss(compared)
             if loss < best:
-                best, kept = loss, [tensor.detach().clone() for tensor in parameters]
+                best, kept = loss, _copies(parameters)
+    if kept is not first and best > CERTAIN_GAIN * before and len(compared) < len(everything):
+        totals = []
+        for state in (first, kept):
+            _copy(state, parameters)
+            totals.append(mean_loss(everything))
+        best, kept = (best, kept) if totals[1] < totals[0] else (before, first)
     _copy(kept, parameters)
     for master in masters:
         master.grad = None
     return before, best
 
 
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
 def _master(tensor: Tensor) -> Tensor:
-    """Return the tensor that the optimizer updates: itself, or a float32 copy if it is in half precision."""
+    """Return a tensor that sums and updates are exact in: itself, or a float32 copy if it is in half precision."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.detach().float()
 
 
@@ -197,23 +235,41 @@ def _set_gradients(
     examples: BlockExamples,
     numbers: Sequence[int],
     masks: Mapping[int, Tensor],
+    weights: Weights | None,
 ) -> float:
     """Set the gradients of ``masters`` to those of the mean loss of some examples, and return that loss."""
     total, sequences = 0.0, sum(map(examples.num_sequences, numbers))
-    for master in masters:
-        master.grad = torch.zeros_like(master)
+    with torch.enable_grad():
+        made = {} if weights is None else weights()
+    # The graphs of the examples end at the weights, so that the one which makes the weights is walked once.
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
+    run = block if weights is None else partial(block, leaves)
+    sums: list[Tensor | None] = [None] * (len(parameters) + len(leaves))
     for number in numbers:
         with torch.enable_grad():
-            loss = examples.loss(block, number) * (examples.num_sequences(number) / max(sequences, 1))
-            found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+            loss = examples.loss(run, number) * (examples.num_sequences(number) / max(sequences, 1))
+            found = torch.autograd.grad(loss, [*parameters, *leaves.values()], allow_unused=True)
         total += float(loss.detach())
-        for master, gradient in zip(masters, found, strict=True):
-            if gradient is not None:
-                master.grad.add_(gradient)  # type: ignore[union-attr]
-    for tensor, master in zip(parameters, masters, strict=True):
+        sums = [_sum(each, gradient) for each, gradient in zip(sums, found, strict=True)]
+    gradients, of_weights = sums[: len(parameters)], sums[len(parameters) :]
+    used = [
+        (w, gradient.to(w.dtype)) for w, gradient in zip(made.values(), of_weights, strict=True) if gradient is not None
+    ]
+    if used:
+        found = torch.autograd.grad([w for w, _ in used], parameters, [g for _, g in used], allow_unused=True)
+        gradients = [_sum(each, gradient) for each, gradient in zip(gradients, found, strict=True)]
+    for tensor, master, gradient in zip(parameters, masters, gradients, strict=True):
+        master.grad = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype)
         if id(tensor) in masks:
-            master.grad.mul_(masks[id(tensor)].to(master.device))  # type: ignore[union-attr]
+            master.grad = master.grad * masks[id(tensor)].to(master.device)
     return total
+
+
+def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, in float32 at least. Neither is written to: autograd may have given it twice."""
+    if gradient is None:
+        return total
+    return _master(gradient) if total is None else total + gradient
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ the larger end, so that the extra negative code stands for it (``signed_scale``)
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,32 +102,68 @@ class LearnedRounding:
     def fake_weight(self) -> Tensor:
         """Return the quantized weight ``[out, in]`` in the weight's dtype, with the gradients of the parameters."""
         grid = self.grid()
-        parts, scale, zero = self._scaled(grid)
-        codes = (parts + (self._rounded(parts) - parts).detach()).clamp(self.spec.low, self.spec.high) - zero
-        return (codes * scale).reshape(self.weight.shape).to(self.dtype)
-
-    def _rounded(self, parts: Tensor) -> Tensor:
-        """Return the nearest whole numbers, of 4-bit floats the nearest codes; beyond the grid, a number beyond it."""
-        if not self.spec.is_float4:
-            return parts.round()
-        # The largest code is the nearest up to half of the last step beyond it.
-        return torch.where(parts.abs() < self.spec.high + 2, nearest_codes(parts, self.spec), parts)
+        parts, offset = group_by_scale(self.weight, self.spec), group_by_scale(self.offset, self.spec)
+        scale, zero = grid.scale_and_zero(parts)
+        shift = None if self.spec.symmetric else zero
+        found: Tensor = _Learned.apply(parts, offset, scale, shift, self.spec)  # type: ignore[no-untyped-call]
+        return found.reshape(self.weight.shape).to(self.dtype)
 
     @torch.no_grad()
     def quantize(self) -> tuple[Tensor, Grid]:
         """Return the int8 codes ``[out, in]`` and their grid, without gradients."""
         grid = self.grid()
         grid = Grid(grid.spec, grid.scale.detach(), grid.zero_point)
-        codes = nearest_codes(self._scaled(grid)[0], self.spec)
-        return codes.reshape(self.weight.shape).to(torch.int8), grid
-
-    def _scaled(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what is rounded to codes, grouped by scale, and the scale and zero point that broadcast over it."""
         parts = group_by_scale(self.weight, self.spec)
         scale, zero = grid.scale_and_zero(parts)
-        scaled = parts / scale + zero
-        # The step between codes of 4-bit floats differs: an offset of 0.5 is half of it, so that codes go up or down.
-        return scaled + group_by_scale(self.offset, self.spec) * code_step(scaled, self.spec), scale, zero
+        shift = None if self.spec.symmetric else zero
+        scaled, _ = _with_offset(parts / scale, group_by_scale(self.offset, self.spec), shift, self.spec)
+        codes = nearest_codes(scaled, self.spec)
+        return codes.reshape(self.weight.shape).to(torch.int8), grid
+
+
+class _Learned(torch.autograd.Function):
+    """Round to codes and back, ``(q - z) s``, with the gradients of the offsets and of the scale.
+
+    That of the rounding is the identity's, and 0 where a code is clamped; zero points are constants. In one function,
+    since every step computes it for every weight of a block: autograd would keep six tensors of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, offset: Tensor, scale: Tensor, zero: Tensor | None, spec: GridSpec) -> Tensor:
+        raw = parts / scale
+        scaled, step = _with_offset(raw, offset, zero, spec)
+        if spec.is_float4:
+            # The largest code is the nearest up to half of the last step beyond it.
+            inside = scaled.abs() < spec.high + 2
+            codes = nearest_codes(scaled, spec)
+        else:
+            codes = scaled.round_()
+            inside = (codes >= spec.low).logical_and_(codes <= spec.high)
+            codes.clamp_(spec.low, spec.high)
+        if zero is not None:
+            codes.sub_(zero)
+        found = codes * scale
+        # Of a scale: q - z where the code is clamped, else q - z - w / s.
+        slope = codes.sub_(raw.mul_(inside)) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(inside if isinstance(step, float) else inside * step, scale, slope)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor | None, None, None]:
+        (gradient,) = gradients
+        steps, scale, slope = ctx.saved_tensors
+        of_scale = None if slope is None else (gradient * slope).sum(-1, keepdim=True)
+        return None, (gradient * scale).mul_(steps), of_scale, None, None
+
+
+def _with_offset(raw: Tensor, offset: Tensor, zero: Tensor | None, spec: GridSpec) -> tuple[Tensor, Tensor | float]:
+    """Return ``w / s + z + V``, what is rounded to codes, from ``w / s``; and the step between the codes around it.
+
+    That of 4-bit floats differs: an offset of 0.5 is half of it, so that codes go up or down.
+    """
+    scaled = raw if zero is None else raw + zero
+    step = code_step(scaled, spec)
+    return scaled + (offset if isinstance(step, float) else offset * step), step
 
 
 def _range_of(grid: Grid, parts: Tensor, observer: str, levels: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ can exceed 65504 although no value does.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -45,13 +47,20 @@ def storable_scale(scale: Tensor, dtype: torch.dtype, largest_code: Tensor | flo
         stored = torch.where(scale < info.smallest_normal, (scale / step).ceil() * step, stored)
     stored = stored.clamp(min=smallest_scale(dtype))
     stored = torch.where(scale == 0, info.eps, stored)
-    return torch.minimum(stored, _largest_scale(stored, info, largest_code))
+    if isinstance(largest_code, Tensor):
+        return torch.minimum(stored, _largest_scale(largest_code.to(stored.device), dtype).to(stored.dtype))
+    return stored.clamp(max=_largest_number(dtype, largest_code))
 
 
-def _largest_scale(like: Tensor, info: torch.finfo, largest_code: Tensor | float) -> Tensor:
-    """Return the largest number of a dtype whose product with ``largest_code`` does not exceed the largest number."""
-    code = torch.as_tensor(largest_code, dtype=torch.float64, device=like.device)
-    limit = info.max / code
+def _largest_scale(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest numbers of a dtype whose products with ``codes`` do not exceed its largest one, float64."""
+    info = torch.finfo(dtype)
     # Rounded down to the mantissa of the dtype: the limit is far from its subnormal numbers.
-    mantissa, exponent = torch.frexp(limit)
-    return torch.ldexp((mantissa * 2 / info.eps).floor() * (info.eps / 2), exponent).to(like.dtype).expand_as(like)
+    mantissa, exponent = torch.frexp(info.max / codes.double())
+    return torch.ldexp((mantissa * 2 / info.eps).floor() * (info.eps / 2), exponent)
+
+
+@cache
+def _largest_number(dtype: torch.dtype, code: float) -> float:
+    """Return ``_largest_scale`` of one code as a number: a scale that is learned is rounded in every step."""
+    return float(_largest_scale(torch.tensor(code, dtype=torch.float64), dtype))

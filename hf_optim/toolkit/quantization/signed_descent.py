@@ -53,9 +53,16 @@ class ProjectedAdam(torch.optim.Adam):
         betas: tuple[float, float],
         project: Callable[[], None],
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas)
+        groups = list(params)
+        super().__init__(groups, lr=lr, betas=betas, fused=_may_fuse(groups))
         self.project = project
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         super().step()
         self.project()
+
+
+def _may_fuse(params: Iterable[Any]) -> bool:
+    """Return True if torch has one kernel for a step of Adam where these tensors (or groups of them) are."""
+    tensors = [t for each in params for t in (each["params"] if isinstance(each, dict) else [each])]
+    return all(t.device.type in ("cpu", "cuda") and t.is_floating_point() for t in tensors)

@@ -15,20 +15,23 @@ import torch
 from torch import Tensor
 
 PANEL, ROWS = 2048, 4096  # columns of a panel; rows converted at a time
+_HALVES = (torch.bfloat16, torch.float16)
 _MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm accepts an out_dtype from 2.8 on
 
 
-def accumulate_(total: Tensor, rows: Tensor) -> None:
+def accumulate_(total: Tensor, rows: Tensor, single: bool = False) -> None:
     """Compute ``total += rowsᵀ rows``; on an accelerator only the panels on and above the diagonal.
 
     Args:
         total: ``[width, width]``, float32 or float64.
         rows: ``[tokens, width]``, any floating dtype, on the same device.
+        single: on CUDA, multiply 16-bit rows on the tensor cores for a float64 sum, too: the product of these rows has
+            the precision of float32, and the sum with the others that of float64.
     """
     if total.device.type == "cpu":
         wide = rows.to(total.dtype)
         total.addmm_(wide.T, wide)
-    elif rows.is_cuda and _MIXED and total.dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16):
+    elif rows.is_cuda and _MIXED and rows.dtype in _HALVES and (single or total.dtype == torch.float32):
         for begin in range(0, len(total), PANEL):
             left, right = rows[:, begin : begin + PANEL], rows[:, begin:]
             total[begin : begin + PANEL, begin:] += torch.mm(left.T, right, out_dtype=torch.float32)

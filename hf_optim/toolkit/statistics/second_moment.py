@@ -59,11 +59,15 @@ class SecondMoment(InputObserver[GramMatrix]):
     Args:
         modules, label: see ``InputObserver``.
         dtype: dtype of the sums, float32 or float64.
+        single: see ``gram.accumulate_``.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], label: str = "", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], label: str = "", dtype: torch.dtype = torch.float32,
+        single: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(modules, label)
-        self.dtype = dtype
+        self.dtype, self.single = dtype, single
         self._current: _CurrentInput | None = None
         self._sums: dict[tuple[str, ...], GramMatrix] = {}
 
@@ -81,7 +85,7 @@ class SecondMoment(InputObserver[GramMatrix]):
         product: torch.Tensor | None = None
         if alone is not None:
             # The module has not shared its input before: sum in place, which saves a matrix of the largest width.
-            gram.accumulate_(alone.total, _rows(inputs))
+            gram.accumulate_(alone.total, _rows(inputs), self.single)
             alone.count += count
             self.check_finite(name, alone.total.diagonal())
         else:
@@ -136,7 +140,7 @@ class SecondMoment(InputObserver[GramMatrix]):
     def _product(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         width = inputs.shape[-1]
         product = torch.zeros(width, width, dtype=self.dtype, device=inputs.device)
-        gram.accumulate_(product, _rows(inputs))
+        gram.accumulate_(product, _rows(inputs), self.single)
         self.check_finite(name, product.diagonal())
         return product
 

@@ -16,8 +16,8 @@ from hf_optim.toolkit.quantization import LearnedRounding
 class RoundedBlock:
     """Computes a block with the quantized weights of ``roundings`` in place of its own.
 
-    Called like the block. Hooks of its modules are called, too. Experts are matrices of a stacked parameter, which is
-    put together from theirs.
+    Called with ``weights()``, and then like the block. Hooks of its modules are called, too. Experts are matrices of a
+    stacked parameter, which is put together from theirs.
 
     Attributes:
         block: the module.
@@ -48,9 +48,12 @@ class RoundedBlock:
         for parameter, found in stacked.items():
             self.parts[parameter] = ([found[index] for index in sorted(found)], _stacker(transposed[parameter]))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        weights = {name: make([each.fake_weight() for each in of]) for name, (of, make) in self.parts.items()}
-        return functional_call(self.block, weights, args, kwargs)
+    def weights(self) -> dict[str, Tensor]:
+        """Return the quantized weights by their names in the block, with the gradients of the roundings."""
+        return {name: make([each.fake_weight() for each in of]) for name, (of, make) in self.parts.items()}
+
+    def __call__(self, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.block, dict(weights), args, kwargs)
 
 
 def _stacker(transposed: bool) -> Callable[[list[Tensor]], Tensor]:

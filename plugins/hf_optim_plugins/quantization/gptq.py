@@ -126,7 +126,9 @@ class GPTQ(Technique):
             errors only.
         true_sequential: quantize linears that read the outputs of other linears of the block after those, on inputs
             that include their quantization: several passes per block.
-        precision: of the Hessian and the recursion, ``"float32"`` or ``"float64"``.
+        precision: of the Hessian and the recursion, ``"float32"`` or ``"float64"``; ``"mixed"``: sums of batches in
+            float64, rounded once, and the recursion in float32. Ranks that share the data in whole batches then find
+            the codes of one rank, at twice the memory of the Hessians during a pass.
     """
 
     targets: tuple[str, ...] = ("Linear",)
@@ -144,7 +146,7 @@ class GPTQ(Technique):
     damp: float = option(0.01, above=0.0, high=1.0)
     block_size: int = option(128, low=1)
     true_sequential: bool = False
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "mixed", "float64"] = "float32"
 
     def validate(self) -> None:
         require_float4_fields(self, "gptq", (None, 128))
@@ -175,11 +177,13 @@ class GPTQ(Technique):
     def _observe(self, run: Run, layers: Mapping[str, nn.Linear]) -> Generator[None, None, list[GramMatrix]]:
         """Accumulate the Gram matrix of each input over one pass of the data, in the order of execution."""
         label = run.label(self)
-        with (
-            TokenSample(layers, label) as sample,
-            SecondMoment(layers, label, getattr(torch, self.precision)) as grams,
-        ):
+        mixed = self.precision == "mixed"
+        dtype = torch.float32 if self.precision == "float32" else torch.float64
+        with TokenSample(layers, label) as sample, SecondMoment(layers, label, dtype, single=mixed) as grams:
             yield
+        if mixed:
+            for gram in grams.values():
+                gram.total = gram.total.float()
         self._report_scarce(run, augment_undersampled(layers, grams, sample))
         return list({id(gram): gram for gram in grams.values()}.values())
 

@@ -76,6 +76,8 @@ class Rotation(Technique):
         online: also rotate the inputs of the layers behind activation functions (down projections) at run time, by
             Hadamard transforms of blocks of neighbouring channels: the largest power of two that divides the width, or
             two that overlap if that is under 256. The checkpoint then carries its code. Inputs of stacked experts stay.
+        queries_and_keys: also rotate the queries and keys of each head at run time, behind the rotary embedding, for
+            caches of few bits; the checkpoint then carries its code. Scores stay as they are.
         method: ``"hadamard"``: Hadamard matrices with random signs; ``"learned"``: learned from there.
         bits: of the weights in the step that quantizes, which learning simulates (``group_size``, ``symmetric`` and
             ``activation_bits`` likewise); None: weights as they are.
@@ -94,6 +96,7 @@ class Rotation(Technique):
 
     where: tuple[str, ...] = SITES
     online: bool = False
+    queries_and_keys: bool = False
     method: Literal["hadamard", "learned"] = "hadamard"
     bits: int | None = option(4, low=2, high=8)
     group_size: int | None = option(None, low=1)
@@ -115,7 +118,7 @@ class Rotation(Technique):
             raise RecipeError("rotation: learned rotations need bits or activation_bits to learn from")
 
     def reload(self) -> Reload:
-        return Reload.REMOTE_CODE if self.online else self.spec.reload
+        return Reload.REMOTE_CODE if self.online or self.queries_and_keys else self.spec.reload
 
     def needs_data(self) -> bool:
         return self.method == "learned"
@@ -126,6 +129,8 @@ class Rotation(Technique):
     def check_model(self, model: Any, label: str) -> None:
         if self.online:
             _rotated_inputs.neuron_readers(model, label)
+        if self.queries_and_keys:
+            _rotated_inputs.rotary_attentions(model, label)
         untied = _untied(model, self, label)
         try:
             find(model, self.where, label)
@@ -145,8 +150,9 @@ class Rotation(Technique):
         inputs = topology.dummy_inputs(model)
         before = main_output(model, inputs)
         turned = _rotated_inputs.neuron_readers(model, label) if self.online else {}
-        if turned:
-            _rotated_inputs.install(model, turned)
+        attentions = _rotated_inputs.rotary_attentions(model, label) if self.queries_and_keys else []
+        if turned or attentions:
+            _rotated_inputs.install(model, turned, attentions)
         selected = scope.select(self.targets, self.skip, experts=True)
         untied = _untied(model, self, label)
         sites = find(model, self.where, label)
@@ -171,6 +177,11 @@ class Rotation(Technique):
         run.report(self, streams=len(sites.streams), attentions=len(sites.heads), head_untied=untied)
         if self.online:
             run.report(self, rotated_inputs=len(turned))
+            if experts := {view.parameter_name for view in topology.expert_linears(model).values()}:
+                stacks = {name.rpartition(".")[0] for name in experts}
+                run.warn(self, f"inputs of the stacked experts in {len(stacks)} modules are not rotated at run time")
+        if self.queries_and_keys:
+            run.report(self, rotated_scores=len(attentions))
 
     def _rotations(self, sites: Sites) -> tuple[list[Tensor], list[Tensor]]:
         """Return random Hadamard rotations: float64 ``[width, width]`` by stream, ``[heads, c, c]`` by attention."""
@@ -224,6 +235,11 @@ class Rotation(Technique):
             online = (
                 f" The inputs of {metrics['rotated_inputs']} linear layers behind activation functions are rotated at "
                 "run time, by code in this repository."
+            )
+        if metrics.get("rotated_scores"):
+            online += (
+                f" Queries and keys of {metrics['rotated_scores']} attention layers are rotated at run time, behind "
+                "the rotary embedding, so that a key/value cache holds rotated keys."
             )
         card.paragraph(
             "Rotations",

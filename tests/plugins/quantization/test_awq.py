@@ -42,6 +42,7 @@ def scaled_(model, inputs, **fields):
     return run
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "vit", "t5", "bert"])
 def test_scales_leave_the_outputs_as_they_are(family):
     model = TINY[family]().double()

@@ -79,6 +79,7 @@ def ablation(model, batches):
     return found
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("sites", ["linears", "all"])
 @pytest.mark.parametrize("family", [tiny_llama, tiny_bert, tiny_vit])
 def test_with_16_bits_everywhere_the_outputs_do_not_change(family, sites):

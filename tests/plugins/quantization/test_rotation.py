@@ -12,14 +12,14 @@ from real_stories import windows
 from tiny_models import TINY, tiny_bert, tiny_llama, tiny_mixtral, tiny_qwen2
 from transformers import AutoModelForCausalLM
 
-from hf_optim import ModelError, OptimConfig, RecipeError, Scope, optimize, run_of
+from hf_optim import ModelError, OptimConfig, RecipeError, Scope, accelerate, optimize, run_of
+from hf_optim.checkpoints.dense import convert_to_dense
 from hf_optim.lifecycle.stages import start_run
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.permutation.orthogonal import orthogonality_error, random_rotation
 from hf_optim.toolkit.statistics import sample_microbatches
 from hf_optim_plugins.quantization import _rotation_fit, rotation
-from hf_optim_plugins.quantization._rotated_inputs import block_of
-from hf_optim_plugins.quantization._rotation_modules import hadamard_blocks, rotated_input
+from hf_optim_plugins.quantization._rotation_modules import block_of, hadamard_blocks, rotated_input
 from hf_optim_plugins.quantization.rotation import Rotation
 
 IDS = torch.randint(3, 60, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -81,6 +81,7 @@ def rotated_(model, inputs, **fields):
     return run
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "vit", "t5", "mixtral", *KINDS])
 def test_rotations_leave_the_outputs_as_they_are(family):
     model = build(family)
@@ -208,6 +209,120 @@ def test_a_checkpoint_with_rotated_inputs_brings_its_code(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+ROTARY = ["llama", "qwen2", "mixtral", "Qwen3", "Gemma", "Gemma2", "GPTNeoX", "Phi", "Cohere"]
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_rotated_queries_and_keys_leave_the_outputs_as_they_are(family):
+    """With fewer keys than queries (GQA), with rotary embeddings of part of a head (Phi), and with padding."""
+    model = build(family)
+    inputs = inputs_of(model)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, :3] = inputs["attention_mask"][1, -2:] = 0
+    before = exact_logits(model, inputs)
+    run = rotated_(model, inputs, queries_and_keys=True, where=["values"])
+    assert run.record.steps["0"]["rotated_scores"] == 2
+    torch.testing.assert_close(exact_logits(model, inputs), before, rtol=0, atol=1e-12)
+
+
+def test_a_cache_holds_the_rotated_keys_and_scores_are_equal():
+    model = build("llama")
+    stock = copy.deepcopy(model)
+    rotated_(model, {"input_ids": IDS}, queries_and_keys=True, where=["residual"])
+    with torch.no_grad():
+        outputs = [one(IDS, use_cache=True).past_key_values for one in (model, stock)]
+    found, expected = ([layer.keys for layer in cache.layers] for cache in outputs)
+    for rotated, plain in zip(found, expected, strict=True):
+        assert float((rotated - plain).norm()) > 0.1 * float(plain.norm())
+        torch.testing.assert_close(rotated, hadamard_blocks(plain, plain.shape[-1]), rtol=0, atol=1e-5)
+    config = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    tokens = [one.generate(IDS, attention_mask=mask, **config) for one in (model, stock)]
+    assert torch.equal(*tokens)
+
+
+def test_a_checkpoint_with_rotated_queries_and_keys_brings_its_code(tmp_path):
+    steps = [{"technique": "rotation", "queries_and_keys": True}, {"technique": "rtn", "bits": 8}]
+    model = optimize(tiny_llama(), steps, calibration=IDS)
+    with torch.no_grad():
+        logits = model(IDS).logits
+    model.save_pretrained(tmp_path / "saved")
+    assert "Queries and keys of 2 attention layers" in (tmp_path / "saved" / "README.md").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    attention = loaded.model.layers[1].self_attn
+    assert type(attention).__name__ == "LlamaAttention"
+    assert type(attention) is not transformers.models.llama.modeling_llama.LlamaAttention
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, logits)
+        assert torch.equal(copy.deepcopy(loaded)(IDS).logits, logits)
+
+
+def test_rotated_queries_and_keys_compile_without_a_break():
+    model = tiny_llama()
+    rotated_(model, {"input_ids": IDS}, queries_and_keys=True)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(IDS).logits
+        torch.testing.assert_close(compiled, model(IDS).logits, rtol=0, atol=1e-6)
+
+
+def test_a_dense_model_is_an_ordinary_one_again():
+    steps = [{"technique": "rotation", "online": True, "queries_and_keys": True}, {"technique": "rtn", "bits": 8}]
+    model = optimize(tiny_llama(), steps, calibration=IDS)
+    with torch.no_grad():
+        logits = model(IDS).logits
+        assert convert_to_dense(model) == []
+        torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=1e-5)
+    stock = transformers.models.llama.modeling_llama
+    assert type(model) is stock.LlamaForCausalLM
+    assert type(model.model.layers[0].self_attn) is stock.LlamaAttention
+    assert "model.layers.0.mlp.down_proj.weight" in model.state_dict()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "t5"])
+def test_a_model_without_rotary_embeddings_is_refused(family):
+    with pytest.raises(ModelError, match="turns both by one rotary embedding"):
+        Rotation(queries_and_keys=True).check_model(build(family), "step 1 (rotation)")
+
+
+def test_stacked_experts_are_refused_or_named(caplog):
+    with pytest.raises(ModelError, match="but those of stacked experts, whose neurons are computed and read in one"):
+        Rotation(online=True).check_model(build("mixtral"), "step 1 (rotation)")
+    model = build("Qwen2Moe")
+    inputs = inputs_of(model)
+    before = exact_logits(model, inputs)
+    run = rotated_(model, inputs, online=True)
+    assert "inputs of the stacked experts in 2 modules are not rotated at run time" in caplog.text
+    assert run.record.steps["0"]["rotated_inputs"] == 2  # of the shared experts
+    torch.testing.assert_close(exact_logits(model, inputs), before, rtol=0, atol=1e-10)
+
+
+def test_kernels_rotate_and_round_inputs_at_once(monkeypatch):
+    """W8A8 on kernels: the layers behind rotations take the input as it is where their packed weight can rotate it."""
+    steps = [{"technique": "rotation", "online": True}, {"technique": "rtn", "bits": 8, "activations": "int8"}]
+    model = optimize(tiny_llama(), steps, calibration=IDS)
+    accelerate(model)
+    layers = [module.inner for module in model.modules() if type(module).__name__ == "RotatedInput"]
+    assert [type(layer).__name__ for layer in layers] == ["PackedLinear"] * 2
+    with torch.no_grad():
+        two_passes = model(IDS).logits
+    seen = []
+
+    def at_once(packed, x, block):
+        seen.append(block)
+        return packed(rotated_input(x, block))
+
+    kind = type(layers[0].packed_weight)
+    monkeypatch.setattr(kind, "rotated_forward", at_once, raising=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, two_passes, rtol=0, atol=1e-6)
+        assert seen == [32, 32]
+        handle = layers[0].register_forward_pre_hook(lambda module, args: None)  # which must see a rotated input
+        torch.testing.assert_close(model(IDS).logits, two_passes, rtol=0, atol=1e-6)
+    handle.remove()
+    assert seen == [32, 32, 32]
 
 
 def with_outliers():

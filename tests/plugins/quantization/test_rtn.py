@@ -113,6 +113,7 @@ def test_static_scales_cover_the_observed_range():
     torch.testing.assert_close(first.input_scale, seen[0].abs().max().reshape(1) / 127.5)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_zeros_stay(bits, symmetric):
@@ -162,6 +163,7 @@ def test_contradictory_fields_are_refused(fields):
         RTN(**fields)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("family", sorted(set(TINY) - {"gpt2"}))
 def test_families(family):
     model = TINY[family]()

@@ -269,6 +269,16 @@ def test_it_is_deterministic_and_the_seed_counts():
     assert not same(first, other)
 
 
+@pytest.mark.parametrize("inputs", ["quantized", "dense"])
+def test_a_block_is_not_computed_only_to_see_its_inputs(inputs):
+    """Without a step: once for the original outputs, once for the loss, and once for the outputs of the result."""
+    model, calls = tiny_llama(), []
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda m, a, out: calls.append(out.device.type))
+    learned(model, data=[{"input_ids": IDS[n : n + 4]} for n in range(0, 16, 4)], steps=0, inputs=inputs, group_size=16)
+    assert calls.count("cpu") == 3 * 4
+    assert "forward" not in model.model.layers[1].__dict__
+
+
 def test_the_card_has_the_loss_of_every_block():
     sections = exported(learned(tiny_llama(), bits=3, group_size=16))
     (text,) = sections.paragraphs.values()

@@ -47,6 +47,7 @@ def by_definition(x, weight, bits, groups):
     return ((x / s).round().clamp(-128, 127).double() * s) @ torch.cat(parts).T
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("groups", "used"), [(None, 48), (48, 48), (6, 6), (7, 6), (1, 1), (1000, 48)])
 def test_a_layer_is_the_papers_equations(bits, groups, used):
@@ -76,6 +77,7 @@ def test_groups_along_the_inputs():
     assert layer.quantization_scheme.input_activations.strategy == "token"
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     "fields",
     [
