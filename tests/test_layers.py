@@ -69,9 +69,10 @@ def statements(path: Path) -> list[tuple[str, str, bool]]:
     """(module as written but absolute, name taken from it or "", whether it stands at the top) of every import."""
     package = name_of(path).split(".")[: None if path.name == "__init__.py" else -1]
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    at_the_top = set(map(id, tree.body))
     found = []
     for node in ast.walk(tree):
-        top = node in tree.body
+        top = id(node) in at_the_top
         if isinstance(node, ast.Import):
             found += [(alias.name, "", top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from .. import __version__
@@ -51,13 +52,16 @@ def execute(args: argparse.Namespace) -> int:
     """Run a parsed command. Errors are printed as one line on standard error; ``--verbose`` adds their traceback."""
     with progress.command(args.quiet), _logging(args.verbose, args.quiet):
         try:
-            return _module(args.command).run(args)
+            status: int = _module(args.command).run(args)
+            print(end="", flush=True)  # a reader who has left is noticed here, and not at the end of Python
+            return status
         except KeyboardInterrupt:
             print("hf-optim: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # The reader of the output has exited (`hf-optim list | head`); the interpreter must not write to it again.
-            sys.stdout = None  # type: ignore[assignment]
+            # The reader of the output has exited (`hf-optim list | head`). What is left in the buffer goes nowhere.
+            with suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
             return 0
         except OptimError as error:
             return _print_error(error, cli_message(error), args.verbose)

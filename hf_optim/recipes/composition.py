@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import RecipeError
@@ -66,28 +66,54 @@ def compose(steps: Sequence[Technique], traits: frozenset[Trait]) -> frozenset[T
 
     Raises ``RecipeError``, which names what to change, the step and the trait.
     """
-    owners: dict[str, str] = {}
-    origins: dict[Trait, str] = {}
-    owed: list[tuple[str, Trait]] = []
-    for index, step in enumerate(steps):
-        label = step_label(index, step)
-        contract = step.contract()
-        _check_preconditions(step, label, traits, origins, steps[:index])
-        for slot in sorted(contract.owns):
-            if slot in owners:
-                raise RecipeError(f"keep only one of {label} and {owners[slot]}: both set {slot!r}")
-            owners[slot] = label
-        _check_fragile(step, label, traits, origins)
-        owed = [(who, trait) for who, trait in owed if trait not in contract.adds]
-        owed += [(label, trait) for trait in sorted(contract.owes, key=str)]
-        origins.update(dict.fromkeys(contract.adds, label))
-        traits = (traits - contract.drops) | contract.adds
+    found, owed = _follow(steps, traits)
     for who, trait in owed:
         raise RecipeError(
             f"{who} must be followed by {trait.step or f'a step that adds {trait}'}: {_how_to_get(trait, 'after')}"
         )
     _check_load_steps(steps)
-    return traits
+    return found
+
+
+def _follow(
+    steps: Sequence[Technique], start: frozenset[Trait], tries: bool = True
+) -> tuple[frozenset[Trait], list[tuple[str, Trait]]]:
+    """Return the traits after the steps, and what they still owe. With ``tries``, errors name an order that works."""
+    owners: dict[str, str] = {}
+    origins: dict[Trait, int] = {}
+    owed: list[tuple[str, Trait]] = []
+    traits = start
+    for index, step in enumerate(steps):
+        label = step_label(index, step)
+        contract = step.contract()
+        for other, reason in _preconditions(steps, index, traits, origins):
+            raise RecipeError(f"{_remedy(steps, index, other, start) if tries else label}: {reason}")
+        for slot in sorted(contract.owns):
+            if slot in owners:
+                raise RecipeError(f"keep only one of {label} and {owners[slot]}: both set {slot!r}")
+            owners[slot] = label
+        for other, reason in _fragile(step, label, traits, origins):
+            raise RecipeError(f"{_remedy(steps, index, other, start) if tries else label}: {reason}")
+        owed = [(who, trait) for who, trait in owed if trait not in contract.adds]
+        owed += [(label, trait) for trait in sorted(contract.owes, key=str)]
+        origins.update(dict.fromkeys(contract.adds, index))
+        traits = (traits - contract.drops) | contract.adds
+    return traits, owed
+
+
+def _remedy(steps: Sequence[Technique], index: int, other: int | None, start: frozenset[Trait]) -> str:
+    """Return what to do about a step that does not go with the result of the step ``other`` (None: with the model)."""
+    step = steps[index]
+    if other is None:
+        return f"remove {step.name}, or start from another model"
+    label = step_label(other, steps[other])
+    moved = [*steps[:other], step, *steps[other:index]]
+    try:
+        _follow(moved, start, tries=False)
+        _check_load_steps(moved)
+    except RecipeError:
+        return f"keep only one of {step_label(index, step)} and {label}"
+    return f"move {step.name} before {label}, or remove one of them"
 
 
 def step_label(index: int, step: Technique) -> str:
@@ -95,38 +121,34 @@ def step_label(index: int, step: Technique) -> str:
     return f"step {index + 1} ({step.name})"
 
 
-def _check_preconditions(
-    step: Technique, label: str, traits: frozenset[Trait], origins: dict[Trait, str], before: Sequence[Technique]
-) -> None:
-    """Raise ``RecipeError`` if the model lacks a trait that a step needs, or has one that it forbids."""
+def _preconditions(
+    steps: Sequence[Technique], index: int, traits: frozenset[Trait], origins: Mapping[Trait, int]
+) -> Iterator[tuple[int | None, str]]:
+    """Yield for each trait that a step forbids or that an earlier one dropped: the number of that step, the reason.
+
+    Raises ``RecipeError`` for a trait that is needed and that no step had.
+    """
+    step, label = steps[index], step_label(index, steps[index])
     contract = step.contract()
     for trait in sorted(contract.needs - traits, key=str):
-        dropped = next((other.name for other in reversed(before) if trait in other.contract().drops), None)
-        if dropped is not None:
-            raise RecipeError(
-                f"move {step.name} before {dropped}: {label} needs a model that {trait.meaning}; that no longer "
-                f"holds after {dropped}"
-            )
-        raise RecipeError(f"{label} needs a model that {trait.meaning}: {_how_to_get(trait, 'before')}")
+        dropped = next((i for i in reversed(range(index)) if trait in steps[i].contract().drops), None)
+        if dropped is None:
+            raise RecipeError(f"{label} needs a model that {trait.meaning}: {_how_to_get(trait, 'before')}")
+        after = steps[dropped].name
+        yield dropped, f"{label} needs a model that {trait.meaning}; that no longer holds after {after}"
     for trait in sorted(contract.forbids & traits, key=str):
-        reason = f"{label} does not support a model that {trait.meaning}"
-        if trait in origins and trait in contract.adds:
-            raise RecipeError(f"keep only one of {label} and {origins[trait]}: {reason}")
-        if trait in origins:
-            raise RecipeError(f"move {step.name} before {origins[trait]}, or remove one of them: {reason}")
-        raise RecipeError(f"remove {step.name}, or start from another model: {reason}, as the loaded one does")
+        loaded = "" if trait in origins else ", as the loaded one does"
+        yield origins.get(trait), f"{label} does not support a model that {trait.meaning}{loaded}"
 
 
-def _check_fragile(step: Technique, label: str, traits: frozenset[Trait], origins: dict[Trait, str]) -> None:
-    """Raise ``RecipeError`` if a step would destroy a fragile trait that its contract does not keep."""
+def _fragile(
+    step: Technique, label: str, traits: frozenset[Trait], origins: Mapping[Trait, int]
+) -> Iterator[tuple[int | None, str]]:
+    """Yield the same for fragile traits that a step would destroy, and that its contract does not keep."""
     contract = step.contract()
     for trait in sorted(traits - contract.keeps - contract.drops, key=str):
         if trait.fragile and _rewrites_weights(step):
-            if trait in origins:
-                remedy = f"move {step.name} before {origins[trait]}"
-            else:
-                remedy = f"remove {step.name}, or start from another model"
-            raise RecipeError(f"{remedy}: {label} rewrites weights and would destroy {trait}")
+            yield origins.get(trait), f"{label} rewrites weights and would destroy {trait}"
 
 
 def _check_load_steps(steps: Sequence[Technique]) -> None:

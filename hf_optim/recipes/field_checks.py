@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..errors import RecipeError
 from ..trust.bounds import shown
@@ -50,12 +51,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+_annotations: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the annotations of a class, evaluated once: a catalogue is checked in thousands of combinations."""
+    if cls not in _annotations:
+        _annotations[cls] = typing.get_type_hints(cls)
+    return _annotations[cls]
+
+
 def check_fields(step: Any) -> None:
     """Raise ``RecipeError`` if a field of a technique (a dataclass with a ``name``) does not fit its type or range.
 
     Lists become tuples, and whole numbers become floats where the annotation has only ``float``.
     """
-    hints = typing.get_type_hints(type(step))
+    hints = _hints(type(step))
     for f in dataclasses.fields(step):
         value = getattr(step, f.name)
         if isinstance(value, list):

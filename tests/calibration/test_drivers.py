@@ -88,6 +88,7 @@ def watch(model, driver, **fields):
     return hf_optim.run_of(made).state(step)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_blockwise_shows_the_same_activations_as_the_whole_model(name):
     targets = ("Conv1D",) if name == "gpt2" else ("Linear",)

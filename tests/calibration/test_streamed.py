@@ -8,7 +8,7 @@ import pytest
 import torch
 from streamed_and_blockwise import assert_same_checkpoint, blockwise, random_batches, recipe_of, streamed, tensors_of
 from terminal import bars_allowed, terminal
-from tiny_models import TINY, tiny_llama
+from tiny_models import TINY, tiny_llama, tiny_mixtral
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM
 
@@ -269,10 +269,11 @@ def live_bytes():
 
 
 @pytest.mark.slow
-def test_at_most_three_blocks_are_in_memory(tmp_path):
+@pytest.mark.parametrize(("build", "inner"), [(tiny_llama, 512), (tiny_mixtral, 128)], ids=["llama", "mixtral"])
+def test_at_most_three_blocks_are_in_memory(build, inner, tmp_path):
     """Of twelve: the current one, the prefetched one, and the one before until it is offloaded."""
-    shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 64}
-    tiny_llama(**shape).save_pretrained(tmp_path / "model", max_shard_size="2MB")
+    shape = {"hidden_size": 128, "intermediate_size": inner, "num_hidden_layers": 12, "vocab_size": 64}
+    build(**shape).save_pretrained(tmp_path / "model", max_shard_size="2MB")
     before, peaks = live_bytes(), []
 
     class Gauge(Onlooker):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -103,6 +104,16 @@ def test_python_m_runs_it_and_prints_its_version():
         [sys.executable, "-m", "hf_optim.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("hf-optim 0.")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_optim.cli", "list", "rtn"], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_without_a_command_it_shows_its_help(capsys):

@@ -10,9 +10,8 @@ from conftest import ROOT
 
 from hf_optim.recipes.catalogue import catalogue
 
-# What the survey says nothing about: `local` is one of the patterns that share a claim, `capacity_routing` is the
-# baseline of batch_priority_routing.
-WITHOUT = {"capacity_routing", "local"}
+# What the survey says nothing about by itself: `local` is one of the patterns that share a claim.
+WITHOUT = {"local"}
 
 
 @pytest.fixture(scope="module")

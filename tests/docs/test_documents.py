@@ -37,9 +37,9 @@ def workplace(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "org" / "model")
     for name in ("vit", "t5"):
         TINY[name]().save_pretrained(tmp_path / "org" / name)
-    for name in ("calibration.jsonl", "held-out.jsonl"):
-        rows = (json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 40}) for _ in range(160))
-        (tmp_path / name).write_text("\n".join(rows))
+    row = json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 40})
+    (tmp_path / "calibration.jsonl").write_text("\n".join([row] * 160))
+    (tmp_path / "held-out.jsonl").write_text("\n".join([row] * 8))  # measured five times over
     theirs = {"GPTQModifier": {"scheme": "W4A16", "targets": ["Linear"], "ignore": ["lm_head"]}}
     (tmp_path / "recipe.yaml").write_text(json.dumps({"quant_stage": {"quant_modifiers": theirs}}))
     monkeypatch.chdir(tmp_path)

@@ -85,8 +85,8 @@ def contradictions(record: Record, text: str, config: dict | None = None) -> lis
     return wrong
 
 
-def _composes(*classes) -> OptimConfig | None:
-    recipe = OptimConfig(steps=tuple(cls.for_testing() for cls in classes))
+def _composes(*steps) -> OptimConfig | None:
+    recipe = OptimConfig(steps=steps)
     try:
         recipe.check()
     except RecipeError:
@@ -94,9 +94,10 @@ def _composes(*classes) -> OptimConfig | None:
     return recipe
 
 
+STEPS = [cls.for_testing() for cls in catalogue().all()]
 PAIRS = {
     (a.spec.name, b.spec.name): recipe
-    for a, b in itertools.product(catalogue().all(), repeat=2)
+    for a, b in itertools.product(STEPS, repeat=2)
     if (recipe := _composes(a, b)) is not None
 }
 

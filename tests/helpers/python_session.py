@@ -28,8 +28,8 @@ class PythonSession:
     """A child process with the variables ``environment`` beside ours, one import for many calls.
 
     It starts with the code ``begin`` and does not wait for it; with ``stock=True`` it cannot import hf_optim. ``run``
-    executes code in the session itself. ``command`` and ``copy`` take a forked copy of the session, which may change
-    what it likes, or be killed: nothing of it is left but the files that it wrote.
+    executes code in the session itself. All others take a forked copy of the session, which may change what it likes,
+    or be killed: nothing of it is left but the files that it wrote.
     """
 
     def __init__(self, environment: Mapping[str, str], begin: str = "", stock: bool = False) -> None:
@@ -52,11 +52,18 @@ class PythonSession:
         """Execute code in a copy, with more environment variables."""
         return self._ask(copy=True, code=code, environment=environment)
 
-    def ranks(self, file: str | os.PathLike[str], *arguments: str | os.PathLike[str]) -> Done:
-        """Run a Python file as two ranks on the CPU, each in a copy; the first that fails ends the other."""
-        variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        words = [os.fspath(word) for word in arguments]
-        return self._ask(copy=True, file=os.fspath(file), argv=words, environment=variables)
+    def script(self, file: str | os.PathLike[str], *arguments: object, **environment: str) -> Done:
+        """Run a Python file as a program in a copy."""
+        return self._ask(copy=True, file=os.fspath(file), argv=list(map(str, arguments)), environment=environment)
+
+    def ranks(self, file: str | os.PathLike[str], *arguments: object) -> Done:
+        """Run a Python file (or ``hf-optim``, if that is empty) as two ranks on the CPU, each in a copy.
+
+        The first that fails ends the other.
+        """
+        environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        words = list(map(str, arguments))
+        return self._ask(copy=True, ranks=True, file=os.fspath(file), argv=words, environment=environment)
 
     def run(self, code: str) -> Any:
         """Execute code in the session (names last from call to call) and return what it bound to ``result``."""
@@ -70,7 +77,8 @@ class PythonSession:
         self._process.communicate()
 
     def _ask(self, **given: Any) -> Done:
-        request = {"copy": False, "code": "", "file": "", "argv": [], "environment": {}, "folder": ""} | given
+        default = {"copy": False, "ranks": False, "code": "", "file": "", "argv": [], "environment": {}, "folder": ""}
+        request = default | given
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")

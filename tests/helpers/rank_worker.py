@@ -50,6 +50,33 @@ def check_observers() -> None:
             same(found, whole.found)
 
 
+def check_codes() -> None:
+    """Codes of GPTQ on a badly conditioned Hessian: those of one rank, if sums are in float64 and are rounded once."""
+    from hf_optim.toolkit.quantization import GridSpec, make_grid
+    from hf_optim_plugins.quantization.gptq import quantize_columns
+
+    generator = torch.Generator().manual_seed(0)
+    batches = 1.0 + 0.01 * torch.randn(16, 32, 96, generator=generator)
+    layer = nn.Linear(96, 64, bias=False)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
+    grid = make_grid(layer.weight.detach(), GridSpec(4, strategy="group", group_size=32))
+    for dtype in (torch.float32, torch.float64):
+        with SecondMoment({"layer": layer}, dtype=dtype) as found:
+            for batch in batches[collectives.rank() :: 2]:
+                layer(batch)
+        whole = SecondMoment({"layer": layer}, dtype=dtype)
+        for batch in batches:
+            whole.update("layer", batch)
+        whole.release()
+        whole.complete()
+        mine, all_of_it = (sums["layer"].total.float() for sums in (found, whole.found))
+        codes = [quantize_columns(layer.weight, hessian, grid) for hessian in (mine, all_of_it)]
+        equal = float((codes[0] == codes[1]).double().mean())
+        assert torch.equal(mine, all_of_it) is (dtype == torch.float64)
+        assert equal == 1.0 if dtype == torch.float64 else equal > 0.9, equal
+
+
 def check_union() -> None:
     mine = [[(3, 1), (2,)], [(2,), (4, 4, 4), (0,)]][collectives.rank()]
     assert collectives.union_over_ranks(mine) == [(3, 1), (2,), (4, 4, 4), (0,)]
@@ -91,6 +118,7 @@ def main() -> int:
                 raise ValueError("this rank fails")
             distributed.barrier()  # the other one waits, and is ended
         check_observers()
+        check_codes()
         check_union()
         check_refusals()
         print("checked")

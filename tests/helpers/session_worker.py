@@ -25,14 +25,20 @@ def perform(request: dict[str, Any]) -> int:
     if request["folder"]:
         os.chdir(request["folder"])
     exec(request["code"], names)
+    if not request["file"] and not request["argv"]:
+        return 0
+    return as_two_ranks(lambda: work(request)) if request["ranks"] else work(request)
+
+
+def work(request: dict[str, Any]) -> Any:
+    """Run the file of a request as a program with its arguments, or ``hf-optim`` with these."""
     if request["file"]:
         sys.argv = [request["file"], *request["argv"]]
-        return as_two_ranks(lambda: runpy.run_path(request["file"], run_name="__main__"))
-    if request["argv"]:
-        from hf_optim.cli import main
+        runpy.run_path(request["file"], run_name="__main__")
+        return 0
+    from hf_optim.cli import main
 
-        return main(request["argv"])
-    return 0
+    return main(request["argv"])
 
 
 def status_of(call: Callable[[], Any]) -> int:

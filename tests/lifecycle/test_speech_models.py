@@ -76,6 +76,7 @@ def test_speech_models_are_compressed_saved_and_loaded(kind, recipe, tmp_path):
     assert float((auto - found).norm() / found.norm()) < 0.05
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("driver", ["auto", "whole_model", "blockwise"])
 @pytest.mark.parametrize("recipe", ["magnitude", "w4a16"])
 def test_steps_that_read_no_inputs_need_none(recipe, driver):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from hf_optim import Contract, OptimConfig, RecipeError, Reload, Technique, Trait, technique
@@ -28,8 +30,8 @@ def test_the_order_matters_and_the_error_says_what_to_move():
     with pytest.raises(RecipeError) as caught:
         recipe("rtn", "smoothquant").check()
     assert str(caught.value) == (
-        "move smoothquant before rtn: step 2 (smoothquant) needs a model that has floating-point weights; that no "
-        "longer holds after rtn"
+        "move smoothquant before step 1 (rtn), or remove one of them: step 2 (smoothquant) needs a model that has "
+        "floating-point weights; that no longer holds after rtn"
     )
 
 
@@ -92,3 +94,26 @@ def test_stages_end_where_calibration_follows_training():
 def test_a_load_time_step_cannot_be_in_a_later_stage():
     with pytest.raises(RecipeError, match="acts while the model is loaded"):
         recipe("gmp", "rtn", {"technique": "local", "window": 8}).check()
+
+
+def refusal(*steps) -> str:
+    """Return the error of a recipe, or nothing."""
+    try:
+        OptimConfig(steps=steps).check()
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+def test_an_order_that_an_error_proposes_is_one_that_composes():
+    steps = [cls.for_testing() for cls in catalogue().all()]
+    proposed = 0
+    for first, second in itertools.permutations(steps, 2):
+        if (text := refusal(first, second)).startswith(f"move {second.name} before step 1"):
+            proposed += 1
+            left = refusal(second, first)  # a step that owes another is in no recipe of two
+            assert not left or "must be followed by" in left, text
+    assert proposed > 50
+    assert refusal(*recipe("local", "big_bird").steps).startswith(
+        "keep only one of step 2 (big_bird) and step 1 (local)"
+    )

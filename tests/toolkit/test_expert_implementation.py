@@ -196,6 +196,7 @@ def test_gradients_of_an_accelerated_layer_are_those_of_the_eager_one():
         ({"num_experts_per_tok": 5}, r"mlp\.experts choose 5 of only 4 experts"),
         ({"num_experts_per_tok": 0}, r"mlp\.experts choose 0 of 4 experts"),
         ({"rows": 2}, r"the router of .*mlp\.experts has 2 outputs for 4 experts"),
+        ({"rows": 6}, r"the router of .*mlp\.experts has 6 outputs for 4 experts"),
     ],
 )
 def test_a_router_that_does_not_fit_its_experts_is_refused_by_accelerate_and_auto(tmp_path, change, message):
@@ -203,7 +204,7 @@ def test_a_router_that_does_not_fit_its_experts_is_refused_by_accelerate_and_aut
     rows = change.get("rows")
     if rows is not None:
         gate = model.model.layers[0].mlp.gate
-        gate.weight = torch.nn.Parameter(gate.weight[:rows].detach().clone())
+        gate.weight = torch.nn.Parameter(gate.weight.detach().repeat(2, 1)[:rows].clone())
     else:
         model.config.update(change)
         model.save_pretrained(tmp_path)

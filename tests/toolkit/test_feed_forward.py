@@ -17,6 +17,7 @@ def found_in(model):
     return find_feed_forwards(trace(model))
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     ("build", "down", "up", "gate", "activation"),
     [

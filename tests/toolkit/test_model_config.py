@@ -79,6 +79,7 @@ def test_configurations_that_were_one_object_still_are(name):
     assert not pairing.keys() & set(pairing.values())
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("technique", ["structured", "upcycle", "local", "mixed_precision", "nm", "peg"])
 def test_steps_that_write_into_the_configuration_write_into_a_copy(technique):
     """They change sizes, classes, or implementations."""

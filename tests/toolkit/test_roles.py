@@ -82,6 +82,7 @@ def test_what_routes_is_what_changes_the_choice_of_experts(kind):
     assert routing(tiny_mixtures.build(kind, "meta")) == truth
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("kind", ["deepseek_v32", "qwen4_exp_text", "nemotron_h", "laguna", "doge", "glm4v_moe"])
 def test_sizes_that_coincide_do_not_make_a_router(kind, monkeypatch):
     same = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "index_n_heads"}
@@ -226,6 +227,7 @@ def with_mixtures(kind: type[nn.Module], **settings: Any) -> Any:
     return model
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("kind", custom_mixtures.ROUTING)
 def test_what_routes_in_mixtures_that_are_not_of_transformers(kind):
     expected = {f"model.layers.{index}.mlp{name}" for index in (0, 1) for name in custom_mixtures.ROUTING[kind]}

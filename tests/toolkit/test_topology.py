@@ -452,6 +452,7 @@ def shuffle_within(groups):
     return order
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exactness(family):
     norms, pairs = check_exactness(TINY[family]().double())

@@ -61,6 +61,7 @@ def test_a_teacher_adds_its_logits():
     assert logits / 2 < taught - alone < 3 * logits
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("family", sorted(set(TINY) - {"mixtral"}))
 def test_every_family_runs_on_fake_tensors_with_a_loss(family):
     found = measure_step(TINY[family]().to("meta"), 2, 16)

@@ -33,8 +33,10 @@ from .tracing import trace, trace_until_failure
 log = logging.getLogger(__name__)
 
 
-class Role(enum.StrEnum):
+class Role(str, enum.Enum):  # enum.StrEnum is newer than Python 3.10
     """What a layer does; the value is the name of the role on the record."""
+
+    __str__ = str.__str__
 
     ROUTER = routing.ROUTER
     SHARED_EXPERT_GATE = routing.SHARED_EXPERT_GATE
