@@ -52,7 +52,7 @@ _HOMES = {
     "report": "compressed.packed.layer_report",
     "offload": "toolkit.offloading",
     "offload_plan": "toolkit.offloading",
-    "offloaded_cache": "toolkit.offloading",
+    "offloaded_cache": "generation.offloaded_cache",
     "expert_load": "toolkit.experts.load",
     "expert_exchange": "toolkit.experts.rank_models",
     "expert_buckets": "toolkit.experts.bucketed_model",
@@ -60,10 +60,11 @@ _HOMES = {
     "merge_adapters": "training.peft",
     "generate": "generation.door",
     "GenerationWarning": "generation.door",
+    "captured": "toolkit.modules",
     "key_value_cache": "generation.quantized_cache",
     "SegmentStreams": "data.segment_streams",
     "exits_of": "toolkit.exits",
-    "attach_exits": "toolkit.exits",
+    "attach_exits": "checkpoints.saving",
     "ExitSettings": "toolkit.exits",
     "forward_with_exits": "toolkit.exits",
     "run_to_exit": "toolkit.exits",
@@ -102,6 +103,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from . import compressed as compressed
     from .checkpoints import remote_code as remote_code
+    from .checkpoints.saving import attach_exits as attach_exits
     from .compressed.packed.accelerate import accelerate as accelerate
     from .compressed.packed.accelerate import compile_config as compile_config
     from .compressed.packed.accelerate import restore as restore
@@ -120,6 +122,7 @@ if TYPE_CHECKING:
     from .generation import early_exit as early_exit
     from .generation.door import GenerationWarning as GenerationWarning
     from .generation.door import generate as generate
+    from .generation.offloaded_cache import offloaded_cache as offloaded_cache
     from .generation.quantized_cache import key_value_cache as key_value_cache
     from .lifecycle.loading import optimize as optimize
     from .lifecycle.quantization_argument import OptimQuantizationConfig as OptimQuantizationConfig
@@ -143,7 +146,6 @@ if TYPE_CHECKING:
     from .runs.run import run_of as run_of
     from .runs.scope import Scope as Scope
     from .toolkit.exits import ExitSettings as ExitSettings
-    from .toolkit.exits import attach_exits as attach_exits
     from .toolkit.exits import exits_of as exits_of
     from .toolkit.exits import forward_with_exits as forward_with_exits
     from .toolkit.exits import run_to_exit as run_to_exit
@@ -152,7 +154,6 @@ if TYPE_CHECKING:
     from .toolkit.experts.rank_models import expert_exchange as expert_exchange
     from .toolkit.offloading import offload as offload
     from .toolkit.offloading import offload_plan as offload_plan
-    from .toolkit.offloading import offloaded_cache as offloaded_cache
     from .toolkit.quantization import KeyValueScheme as KeyValueScheme
     from .toolkit.quantization import cache_size as cache_size
     from .training.peft import merge_adapters as merge_adapters

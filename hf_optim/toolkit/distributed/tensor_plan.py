@@ -13,6 +13,7 @@ ROW_STYLES = ("colwise",)
 GATHERED_ROW_STYLES = ("colwise_gather_output", "colwise_rep")
 COLUMN_STYLES = ("rowwise",)
 SPLIT_STYLES = ("rowwise_split_input",)
+CUT_STYLES = (*ROW_STYLES, *COLUMN_STYLES, *SPLIT_STYLES)
 # Modules that every rank has whole, so that no exchange is needed around them.
 WHOLE_STYLES = (
     "replicated",
@@ -83,6 +84,37 @@ def require_modules(model: Any, given: Any) -> None:
             raise ModelError(
                 f"tp_plan names {shown(str(name))}, and {type(model).__name__} has no such module: numbers of layers "
                 "are written as *"
+            )
+
+
+def require_fitting_rules(model: Any, given: Any) -> None:
+    """Raise ``ModelError`` if the rules of a call leave one layer whole and cut those that compute with it.
+
+    Layers of one module (q, k, v and o; gate, up and down) hand each other parts of their width: either all of those
+    that transformers' plan cuts are cut, each in the plan's direction, or none of them.
+    """
+    if not isinstance(given, Mapping):
+        return
+    stock, plan = dict(getattr(model, "tp_plan", None) or {}), plan_of(model, given)
+    groups: dict[str, dict[str, bool]] = {}
+    for name, _ in model.named_modules():
+        before, after = style_of(name, stock), style_of(name, plan)
+        if before not in CUT_STYLES or after is None:
+            continue
+        if after in CUT_STYLES and (before in ROW_STYLES) != (after in ROW_STYLES):
+            raise ModelError(
+                f"tp_plan gives {name} the style {after}, and the plan of {type(model).__name__} {before}, by which "
+                f"the layers beside it are cut: leave it {before}, or give all of them the style 'replicated'"
+            )
+        parent, _, own = name.rpartition(".")
+        groups.setdefault(parent, {})[own] = after in CUT_STYLES
+    for parent, cut in groups.items():
+        if len(set(cut.values())) > 1:
+            whole = [name for name, is_cut in cut.items() if not is_cut]
+            rest = [name for name, is_cut in cut.items() if is_cut]
+            raise ModelError(
+                f"tp_plan leaves {', '.join(whole)} of {parent} whole and cuts {', '.join(rest)}, whose widths do not "
+                f"fit together then: give the style 'replicated' to all of {', '.join(cut)}, or to none"
             )
 
 
