@@ -28,7 +28,7 @@ test-models: $(STAMP)
 # The kernels that the interpreter runs, compiled for an H100 or H200 that is not there: what the compiler alone refuses.
 compiled: $(STAMP)
 	rm -rf .launches
-	LAUNCHES=.launches TRITON_INTERPRET=1 $(PYTEST) -p launch_recorder tests/kernels tests/generation -m "interpreted and not slow"
+	LAUNCHES=.launches TRITON_INTERPRET=1 $(PYTEST) -p launch_recorder tests/kernels tests/generation tests/toolkit/test_expert_implementation.py -m "interpreted and not slow"
 	$(BIN)/python tests/helpers/compile_launches.py .launches
 
 # Random kills: nothing is lost, and resumed runs are bit-equal. The memory of the streamed driver over two sizes of model.

@@ -49,7 +49,8 @@ def storable_scale(scale: Tensor, dtype: torch.dtype, largest_code: Tensor | flo
     stored = torch.where(scale == 0, info.eps, stored)
     if isinstance(largest_code, Tensor):
         return torch.minimum(stored, _largest_scale(largest_code.to(stored.device), dtype).to(stored.dtype))
-    return stored.clamp(max=_largest_number(dtype, largest_code))
+    # Scales may be computed in fewer bits than they are stored in.
+    return stored.clamp(max=min(_largest_number(dtype, largest_code), torch.finfo(stored.dtype).max))
 
 
 def _largest_scale(codes: Tensor, dtype: torch.dtype) -> Tensor:
