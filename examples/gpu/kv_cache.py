@@ -233,16 +233,12 @@ def timed_format(fmt, query, key, value):
     return timed(calls, size)
 
 
-def generate():
-    """Milliseconds a token and peak memory of ``hf_optim.generate``, 8 layers of the width of an 8B Llama."""
+def model_of_8b_width(layers):
+    """Return a random Llama with layers of the width of an 8B one, bfloat16 on the device, that generates without end."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import hf_optim
-    from hf_optim.generation import sessions
-    from hf_optim.toolkit.quantization import KeyValueScheme, cache_size, set_scheme
-
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=H, num_key_value_heads=G,
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=H, num_key_value_heads=G,
         vocab_size=32000, max_position_embeddings=65536,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
@@ -251,6 +247,16 @@ def generate():
     torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    return model
+
+
+def generate():
+    """Milliseconds a token and peak memory of ``hf_optim.generate``, 8 layers of the width of an 8B Llama."""
+    import hf_optim
+    from hf_optim.generation import sessions
+    from hf_optim.toolkit.quantization import KeyValueScheme, cache_size, set_scheme
+
+    model = model_of_8b_width(8)
     mode = os.environ.get("KV_MODE", "captured")
     found = {}
     for rows, length in ((1, 30_000), (8, 8_000)):

@@ -21,22 +21,13 @@ def caches(rows: int = 1, length: int = 8000, layers: int = 8) -> dict[str, Any]
     """Return milliseconds a token of stock ``generate`` with transformers' caches, and of ours, at the same length."""
     import torch
     import transformers
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from kv_cache import model_of_8b_width
 
     import hf_optim
     from hf_optim.toolkit.compat import CACHE
     from hf_optim.toolkit.quantization import KeyValueScheme, set_scheme
 
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=32000, max_position_embeddings=65536,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model = model_of_8b_width(layers)
     ids = torch.randint(5, 31_000, (rows, length), device="cuda")
 
     def stock(**arguments: Any) -> Any:

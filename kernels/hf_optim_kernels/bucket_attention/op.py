@@ -10,25 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.support import can_run_triton
+from ..common.support import can_run_triton, unsupported_attention
 from . import naive
 from .naive import Buckets
 
 __all__ = ["Buckets", "bucket_attention", "unsupported"]
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 128
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Return why the kernels do not take these tensors; None if they do."""
-    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
-        return f"{query.dtype} queries, {key.dtype} keys and {value.dtype} values"
-    if max(query.shape[3], value.shape[3]) > LARGEST_HEAD:
-        return f"heads of {max(query.shape[3], value.shape[3])}"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "a compute capability below 8.0"
-    return None
+    return unsupported_attention(query, key, value, LARGEST_HEAD)
 
 
 def bucket_attention(

@@ -9,6 +9,8 @@ from importlib import util
 import torch
 from torch import Tensor
 
+ATTENTION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def can_run_triton(x: Tensor) -> bool:
     """Return True if Triton kernels can run on ``x``: on a CUDA device, or interpreted."""
@@ -26,6 +28,17 @@ def unsupported_dtype(dtype: torch.dtype, supported: Iterable[torch.dtype]) -> s
     if dtype_name(dtype) in names:
         return None
     return f"{dtype_name(dtype)} inputs are not supported, only {', '.join(names)}"
+
+
+def unsupported_attention(query: Tensor, key: Tensor, value: Tensor, largest_head: int) -> str | None:
+    """Return why kernels of attention do not take [B, H, N, D] tensors: their dtypes, head or GPU; None if they do."""
+    if query.dtype not in ATTENTION_DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        return f"{query.dtype} queries, {key.dtype} keys and {value.dtype} values"
+    if max(query.shape[3], value.shape[3]) > largest_head:
+        return f"heads of {max(query.shape[3], value.shape[3])}"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "a compute capability below 8.0"
+    return None
 
 
 def unsupported_device(

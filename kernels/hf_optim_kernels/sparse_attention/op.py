@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.support import can_run_triton
+from ..common.support import can_run_triton, unsupported_attention
 from . import naive
 from .naive import Layout
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 128
 # Of the fields of ``items.Plan``, those that are tensors; they come first.
 TENSORS = 10
@@ -25,15 +24,10 @@ TENSORS = 10
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Return why the kernels do not take these tensors; None if they do."""
-    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
-        return f"{query.dtype} queries, {key.dtype} keys and {value.dtype} values"
-    if query.shape[1] % key.shape[1]:
-        return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
-    if max(query.shape[3], value.shape[3]) > LARGEST_HEAD:
-        return f"heads of {max(query.shape[3], value.shape[3])}"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "a compute capability below 8.0"
-    return None
+    problem = unsupported_attention(query, key, value, LARGEST_HEAD)
+    if problem is None and query.shape[1] % key.shape[1]:
+        problem = f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
+    return problem
 
 
 def sparse_attention(

@@ -14,11 +14,12 @@ import triton.language as tl
 
 from ..common.compute_type import FP16, FP32
 from ..common.splitk import output_tile, store_split
+from . import float4
 from .decode import floats, scale_factor, scaled_floats
 from .kernel import _x_tile
 
-SLICE = tl.constexpr(64)
-TILE = tl.constexpr(256)
+SLICE, FACTOR = tl.constexpr(float4.SLICE), tl.constexpr(float4.FACTOR)
+TILE = tl.constexpr(4 * float4.SLICE)
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def accumulate(
             acc = add_tile(acc, found, scales, x, rows, k_tile * TILE, M, K, stride_x, GROUP, FORMAT, MATH, ASM)
             scales = following
     if FORMAT == 1:
-        acc = acc * 128.0 / tl.load(divisor + cols)[:, None]
+        acc = acc * FACTOR / tl.load(divisor + cols)[:, None]
     return acc
 
 
@@ -128,7 +129,7 @@ def _float_dense_kernel(
     for p in tl.static_range(4):
         factor = scale_factor(scales, p, FORMAT, FP32)
         if FORMAT == 1:
-            factor = factor * 128.0 / tl.load(divisor + cols)[:, None]
+            factor = factor * FACTOR / tl.load(divisor + cols)[:, None]
         k = k_tile * TILE + p * SLICE + tl.arange(0, SLICE)
         at = out + wanted.to(tl.int64)[:, None] * K + k[None, :]
         value = numbers[p] * _columns_of(factor, GROUP)

@@ -17,8 +17,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..common.wide_tile import finish
+from . import float4
 
 SLICE = gl.constexpr(64)
+FACTOR = gl.constexpr(float4.FACTOR)
 UNIT = gl.constexpr(256)
 STEP = gl.constexpr(16)
 
@@ -275,6 +277,6 @@ def wide_kernel(
     async_copy.wait_group(0)
     if FORMAT == 1:
         inside = gl.minimum(first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, sums)), N - 1)
-        acc = acc * (128.0 / gl.load(zero + inside))[:, None]
+        acc = acc * (FACTOR / gl.load(zero + inside))[:, None]
     finish(acc, partial, semaphores, scale, bias, out, tile, part, split, first_m, first_n, M, N, SCALES == 0, HAS_BIAS,
            IS_SPLIT)  # fmt: skip
