@@ -2,7 +2,8 @@
 
 Every rank has the model (one block at a time on its accelerator) and a share of the calibration data. Statistics are
 reduced over the ranks (``toolkit.distributed``), so all ranks compute the same weights, equal to those of a single rank
-up to the order of summation (which a recursion over a badly conditioned Hessian turns into other codes). Only rank 0
+up to the order of summation (which a recursion over a badly conditioned Hessian turns into other codes). What all of
+them could compute alike, they may divide (``toolkit.distributed.divided``). Only rank 0
 writes, logs and shows progress. A rank that fails prints its message and exits with a nonzero status, and ``torchrun``
 (or ``accelerate launch``) then ends the others.
 """

@@ -51,7 +51,7 @@ def test_what_failed_or_was_not_run_stands_on_the_page(load):
     assert text.startswith("# Several GPUs of one host\n\n2 x GPU, NVLink (NV18)")
     assert "No figures (exchange: out of time)." in text
     assert "| 8b-w4a16 | 2 | door | 1 | RuntimeError: no / graph |" in text
-    assert text.count("No figures (not run).") == 5
+    assert text.count("No figures (not run).") == 6
     assert "exchange (out of time)." in text.rpartition("## What did not end in order")[2]
 
 

@@ -7,9 +7,10 @@ import sys
 import torch
 from torch import nn
 
-from hf_optim.errors import NumericalError
+from hf_optim.errors import NumericalError, RankError
 from hf_optim.runs import distributed
-from hf_optim.toolkit.distributed import collectives
+from hf_optim.toolkit.distributed import collectives, divided
+from hf_optim.toolkit.quantization import Grid, GridSpec
 from hf_optim.toolkit.statistics.observers import ChannelAbsMax, InputObserver, TensorMinMax
 from hf_optim.toolkit.statistics.second_moment import SecondMoment
 
@@ -28,6 +29,50 @@ def same(found, expected) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+class Odd(Exception):
+    """An exception that cannot be sent: its arguments are not its message."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def raising(error: Exception):
+    def piece():
+        raise error
+
+    return piece
+
+
+def check_divided_work() -> None:
+    grid = Grid(GridSpec(bits=4, strategy="channel"), torch.rand(3, 1, dtype=torch.float64))
+
+    def piece(number: int):
+        values = torch.full((2, 3), number, dtype=torch.float32)
+        made = {"rank": collectives.rank(), "half": values.half().t(), "eighth": values.to(torch.float8_e4m3fn)}
+        return number, made, [grid, torch.tensor(number, dtype=torch.int8), torch.zeros(0, 4)]
+
+    costs = [1.0, 5.0, 2.0]
+    found = list(divided([lambda number=number: piece(number) for number in range(3)], costs))
+    assert [made["rank"] for _, made, _ in found] == [1, 0, 1]
+    for number, (own, made, (sent, small, empty)) in enumerate(found):
+        assert (own, int(small), small.dtype, tuple(empty.shape)) == (number, number, torch.int8, (0, 4))
+        assert (tuple(made["half"].shape), float(made["half"].sum())) == ((3, 2), 6 * number)
+        eighth = made["eighth"]
+        assert (eighth.dtype, float(eighth.float().sum())) == (torch.float8_e4m3fn, 6 * number)
+        assert sent.spec == grid.spec
+        mine = sent.scale.clone()
+        assert torch.equal(collectives.all_reduce_(mine, "max"), sent.scale)
+    for error, kind in ((NumericalError("not finite"), NumericalError), (Odd(1, 2), RankError)):
+        results = divided([lambda: 7, raising(error)], [1.0, 9.0])
+        assert next(results) == 7
+        try:
+            next(results)
+        except kind as raised:
+            assert str(error) in str(raised)  # noqa: PT017
+        else:
+            raise AssertionError("no error")
 
 
 def check_observers() -> None:
@@ -117,6 +162,7 @@ def main() -> int:
             if not distributed.is_main():
                 raise ValueError("this rank fails")
             distributed.barrier()  # the other one waits, and is ended
+        check_divided_work()
         check_observers()
         check_codes()
         check_union()

@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 1 examples/gpu/several/calibration.py --home DIR      # writes its codes into DIR
     torchrun --nproc-per-node 2 examples/gpu/several/calibration.py --home DIR
 
-Random weights, the same on every rank, and 128 rows of 2,048 random tokens;
-each rank takes its share of the rows. Runs with several ranks compare codes and scales with those of one. Writes
-``$OUT/calibration-RANKS.json``.
+Random weights, the same on every rank, and 128 rows of 2,048 random tokens; each rank takes its share of the rows, and
+rounds some of the layers of a block. Batches are summed in float64, and the sums rounded once (``precision: mixed``),
+so that they hardly depend on how the rows are shared. Runs with several ranks compare codes and scales with those of
+one. Writes ``$OUT/calibration-RANKS.json``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SIZES = (
     else {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 )
 ROWS, LENGTH, AT_ONCE = (8, 32, 2) if TINY else (128, 2048, 4)
-RECIPE = [{"technique": "gptq", "bits": 4, "group_size": 32 if TINY else 128}]
+RECIPE = [{"technique": "gptq", "bits": 4, "group_size": 32 if TINY else 128, "precision": "mixed"}]
 VOCABULARY = 4096
 
 

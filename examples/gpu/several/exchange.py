@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import CUDA, TINY, join, leave, on_all, say, timed, write
+from ranks import TINY, join, leave, on_all, say, timed, write
 
 from hf_optim.toolkit.distributed import all_to_all, fit_cost, grid_of, route_from
 from hf_optim.toolkit.distributed.exchange import Route
@@ -140,12 +140,6 @@ def main() -> None:
     write("exchange", results)
     results["model"] = predicted(results["times"])
     say(f"model: {results['model']}")
-    for width in (2048, 4096, 8192) if CUDA else (64,):
-        for tokens in (1, 64, 1024):
-            x = torch.zeros(tokens, width, device=device, dtype=torch.bfloat16)
-            row = {"bytes": x.nbytes, "seconds": timed(lambda x=x: dist.all_reduce(x), 50)}
-            results.setdefault("all_reduce", []).append(row)
-    write("exchange", results)
     leave()
     if results["checks"]["wrong"]:
         raise SystemExit(f"not bitwise equal: {results['checks']['wrong']}")

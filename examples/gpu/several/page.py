@@ -1,9 +1,9 @@
 """Render what ``run.py`` has written as a page of ``model_cards/measurements``, and keep the figures in one file.
 
-    python examples/gpu/several/page.py DIR            # writes several-gpus-h200.md and several-gpus-h200.json
+    python examples/gpu/several/page.py DIR            # adds to several-gpus-h200.json, and writes several-gpus-h200.md
     python examples/gpu/several/page.py --again        # the page from the kept file
 
-What was not run, or failed, stands on the page as such.
+Results of a run replace those of the same name in the kept file; others stay. What was not run, or failed, stands on the page as such.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 HOME = Path(__file__).resolve().parents[3] / "model_cards" / "measurements"
 NAME = "several-gpus-h200"
+SUMS = {"NCCL": "NCCL's", "one launch": "in one launch through mapped memory"}
 EQUAL_CODES = 0.999  # the goal of calibration over ranks, of all codes
 Results = dict[str, dict[str, Any]]
 
@@ -87,10 +88,36 @@ def exchanges(results: Results) -> str:
             + f". On the other sizes its error is {model['error_median']:.0%} (median), {model['error_max']:.0%} (largest)."
             " Where every grid has one node or one rank a node, a message and a collective cannot be told apart.\n"
         )
-    if reduced := held.get("all_reduce"):
-        parts = ", ".join(f"{size(row['bytes'])} {row['seconds'] * 1e6:.1f}" for row in reduced)
-        text += f"\nAll-reduce alone, in microseconds: {parts}.\n"
     return text
+
+
+def reductions(results: Results) -> str:
+    held = results.get("reductions")
+    title = "Sums of small tensors"
+    if held is None:
+        return missing(title, "reductions", results)
+    text = (
+        f"## {title}\n\n`reductions.py`: a sum over the ranks behind each layer that is cut by columns, in bfloat16: "
+    )
+    text += "by NCCL, and in one launch through memory that the GPUs map from each other. "
+    if not held["mapped_memory"]:
+        text += "These GPUs map no memory from each other here. "
+    wrong = [f"{row['tokens']} x {row['width']}" for row in held["rows"] if not row.get("equal", True)]
+    wrong += [f"gather of {row['tokens']} x {row['width']}" for row in held["rows"] if not row["gather_equal"]]
+    text += f"Not equal to the bit: {', '.join(wrong) or 'none'}. Microseconds, launched by the host / in a replayed graph.\n\n"
+
+    def cell(row: dict[str, Any], way: str) -> str:
+        if f"{way}_seconds" not in row:
+            return "-"
+        text = f"{row[f'{way}_seconds'] * 1e6:.1f}"
+        return text + (f" / {row[f'{way}_replayed_seconds'] * 1e6:.1f}" if f"{way}_replayed_seconds" in row else "")
+
+    rows = (
+        (row["tokens"], row["width"], size(row["bytes"]), cell(row, "nccl"), cell(row, "one_launch"))
+        for row in held["rows"]
+    )
+    text += table(["tokens", "width", "bytes", "NCCL", "one launch"], rows)
+    return text + (f"\nIt ended early: {short(held['error'])}\n" if "error" in held else "")
 
 
 def mixture(results: Results) -> str:
@@ -162,6 +189,11 @@ def generation(results: Results, names: list[str], title: str, job: str) -> str:
     text += table(
         ("model", "GPUs", "way", "batch", "ms a token", "tokens/s", "efficiency", "GiB a GPU: loaded / peak"), lines
     )
+    for sums in sorted({one["small_sums"] for one in held if one["ranks"] > 1 and "small_sums" in one}):
+        rows = ", ".join(
+            dict.fromkeys(one["name"] for one in held if one["ranks"] > 1 and one.get("small_sums") == sums)
+        )
+        text += f"\nSums of small tensors over the GPUs, {rows}: {SUMS.get(sums, sums)}.\n"
     compared = [one for one in held if "relative_error_of_logits" in one]
     if compared:
         text += "\nBeside one GPU:\n\n" + table(
@@ -189,7 +221,8 @@ def calibration(results: Results) -> str:
     first = held[0]
     text = (
         f"## {title}\n\n`calibration.py`: GPTQ W4A16 of two blocks of Llama-3-8B's shape, {first['rows']} x "
-        f"{first['tokens_a_row']} tokens; the model is on every GPU.\n\n"
+        f"{first['tokens_a_row']} tokens; the model is on every "
+        "GPU, and ranks divide the layers of a block. Sums of batches in float64, rounded once (`precision: mixed`).\n\n"
     )
     text += table(
         ("GPUs", "pass", "seconds a block", "tokens/s of a GPU", "seconds in all", "peak GiB"),
@@ -282,6 +315,7 @@ def page(results: Results) -> str:
         "Scripts in `examples/gpu/several`; random weights except in training; figures in "
         f"`{NAME}.json`.\n",
         exchanges(results),
+        reductions(results),
         mixture(results),
         generation(results, llama, "Packed layers divided among GPUs", "tensor"),
         generation(results, ["qwen3moe-w4a16"], "Packed experts divided among GPUs", "experts"),
@@ -307,8 +341,11 @@ def main() -> None:
     else:
         if args.folder is None or not args.folder.is_dir():
             parser.error("name the folder that run.py had as OUT, or pass --again")
+        results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.folder.glob("*.json"))}
-        results = {key: one if isinstance(one, dict) else {"jobs": one} for key, one in found.items()}
+        known = {job["job"]: job for job in results.get("jobs", {}).get("jobs", [])}
+        known |= {job["job"]: job for job in found.pop("jobs", [])}
+        results |= {**found, "jobs": {"jobs": list(known.values())}}
         kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (args.output / f"{NAME}.md").write_text(page(results), encoding="utf-8")
     print(f"wrote {args.output / NAME}.md")

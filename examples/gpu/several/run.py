@@ -56,6 +56,7 @@ def stages() -> list[list[Job]]:
     calibration, training = ("calibration.py", "--home", "HOME"), ("training.py", "--home", "HOME")
     return [
         [Job("exchange", ("exchange.py",), None, 90)],
+        [Job("reductions", ("reductions.py",), None, 40)],
         [
             Job("tensor-8b-one", (*tensor, "--make", *llama8), 0, 100),
             Job("tensor-70b-one", (*tensor, "--make", *llama70), 1, 100),

@@ -28,6 +28,7 @@ from ranks import CUDA, DTYPE, TINY, join, leave, now, say, slowest, write
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hf_optim
+from hf_optim.toolkit.distributed.peer_memory import peer_memory
 
 VOCABULARY = 512 if TINY else 32768
 SHAPES = {
@@ -141,7 +142,7 @@ def seconds(model: Any, way: str, batch: int, new: int, device: torch.device) ->
     return slowest(now() - began)
 
 
-def measure(name: str, home: Path, device: torch.device) -> None:
+def measure(name: str, home: Path, device: torch.device, timed: bool) -> None:
     """Load, compare and time one checkpoint; write after each row, since a later one may fail."""
     ranks = dist.get_world_size()
     if CUDA:
@@ -155,7 +156,11 @@ def measure(name: str, home: Path, device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
     if not name.endswith("dense"):
         entry["runs_on"] = hf_optim.report(model).summary[:400]
+    if ranks > 1 and CUDA:
+        entry["small_sums"] = "NCCL" if peer_memory(device) is None else "one launch"
     entry |= compared(model, home / name, device)
+    if not timed:
+        return
     result = {"settings": {"prompt": PROMPT, "new_tokens": NEW, "vocabulary": VOCABULARY}, **entry, "rows": []}
     write(f"{name}-{ranks}", result)
     for way in ("stock", "door"):
@@ -181,6 +186,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+")
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--make", action="store_true", help="write the checkpoints first (one rank)")
+    parser.add_argument("--untimed", action="store_true", help="write what others are compared with, and no figures")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -193,7 +199,7 @@ def main() -> None:
                 make(name, args.home, device)
                 size = sum(path.stat().st_size for path in (args.home / name).glob("*.safetensors"))
                 say(f"{name}: {size / 1e9:.2f} GB written in {time.perf_counter() - began:.0f} s")
-            measure(name, args.home, device)
+            measure(name, args.home, device, not args.untimed)
         except Exception:
             failed.append(name)
             trace = traceback.format_exc()

@@ -1,4 +1,5 @@
-"""Collectives over ranks, all-to-all over a grid of nodes, parameters sharded by FSDP2, and layers cut into parts."""
+"""Collectives over ranks, all-to-all over a grid of nodes, work divided among ranks, parameters
+sharded by FSDP2, and layers cut into parts."""
 
 from . import collectives, fsdp, tensor_plan
 from .exchange import Route, all_to_all, plan_route, route_from
@@ -6,6 +7,7 @@ from .exchange_cost import ExchangeCost, fit_cost
 from .fsdp import FullWeights
 from .grid import ORDERS, Grid, grid_of, messages, ranks_per_node, shape_of
 from .rank_setting import RankSetting, rank_setting_of, set_rank_setting
+from .shared_work import divided
 
 __all__ = [
     "ORDERS",
@@ -16,6 +18,7 @@ __all__ = [
     "Route",
     "all_to_all",
     "collectives",
+    "divided",
     "fit_cost",
     "fsdp",
     "grid_of",

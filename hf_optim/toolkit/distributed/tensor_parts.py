@@ -13,7 +13,8 @@ inputs with one scale for each token, columns in the order of their groups (act-
 It moves as many bytes as the all-reduce (two halves of a ring), with one launch more.
 
 What is exchanged is attached as hooks, which stay with the module whatever class it gets later. A tensor without values
-(a model that is traced) is given its shape and not exchanged. Gradients flow through all of it.
+(a model that is traced) is given its shape and not exchanged. Gradients flow through all of it. Small tensors without
+gradients are exchanged through mapped memory, where the GPUs have it (``peer_memory``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...errors import CheckpointError
 from . import collectives
 from .liveness import guarded
+from .peer_memory import LIMIT, fits, peer_memory
 
 PART = "_hf_optim_part"
 RANK = "_hf_optim_rank"
@@ -139,6 +141,8 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if torch.is_grad_enabled() and tensor.requires_grad:
         return _Sum.apply(tensor)
     tensor = tensor.contiguous()
+    if (peers := peer_memory(tensor.device)) is not None and fits(tensor):
+        return guarded(peers.sum, tensor)
     guarded(dist.all_reduce, tensor)
     return tensor
 
@@ -154,9 +158,20 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
 
 def _gathered(tensor: Tensor) -> Tensor:
     ranks = collectives.world_size()
+    if (peers := peer_memory(tensor.device)) is not None and 0 < ranks * tensor.nbytes <= LIMIT:
+        own = beside_zeros(tensor, collectives.rank(), ranks)
+        if fits(own):
+            return guarded(peers.sum, own)
     found = tensor.new_empty((ranks, *tensor.shape))
     guarded(gather_into, found.view(-1), tensor.contiguous().view(-1))
     return found.movedim(0, -2).flatten(-2)
+
+
+def beside_zeros(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """Return a tensor at its rank's place among zeros, ``[..., n]`` -> ``[..., r n]``: a sum over ranks gathers it."""
+    found = tensor.new_zeros((*tensor.shape[:-1], ranks * tensor.shape[-1]))
+    found.narrow(-1, rank * tensor.shape[-1], tensor.shape[-1]).copy_(tensor)
+    return found
 
 
 class _Sum(torch.autograd.Function):

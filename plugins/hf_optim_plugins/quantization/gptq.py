@@ -31,6 +31,9 @@ scales of a group from the compensated weights when the recursion reaches the gr
 original ones. The search for scales (``observer: mse``) is ours; its exponent, 2.4, is that of compressed-tensors'
 observer: with 2 the search clips more, and what is clipped at 2 bits no other column can compensate.
 
+Ranks that share the calibration data divide the layers of a block: one rank rounds those that read the same input, and
+all get its codes.
+
 In a mixture of experts each matrix of each expert is a separate layer, with the Hessian of the tokens that the router
 sends to that expert. An expert that sees fewer tokens than it has inputs is reported, and is also calibrated on other
 tokens of its layer (``hf_optim.toolkit.statistics.augment_undersampled``). The codes of experts have no zero points.
@@ -40,6 +43,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,6 +51,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_optim import Paper, Reload, Technique, compressed, hookimpl, option, technique
+from hf_optim.toolkit.distributed import divided
 from hf_optim.toolkit.quantization import Grid, damped, descent_factor, inverse_cholesky, make_grid, output_error
 from hf_optim.toolkit.statistics import (
     GramMatrix,
@@ -80,6 +85,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Rows whose scales are fitted at a time.
 STRIP = 2048
+Rounded = list[tuple[list[str], Tensor, Grid]]
+"""For each number of bits: the layers, their codes one below the other, and the grid of these."""
 
 
 @technique(
@@ -170,9 +177,7 @@ class GPTQ(Technique):
                 waiting = {name: layer for name, layer in waiting.items() if name in reached}
                 if self.true_sequential:
                     grams = leading(grams, waiting)
-                while grams:
-                    gram = grams.pop(0)  # its memory is freed once its layers are quantized
-                    self._quantize(run, {name: waiting.pop(name) for name in gram.names}, gram)
+                self._quantize_all(run, waiting, grams)
 
     def _observe(self, run: Run, layers: Mapping[str, nn.Linear]) -> Generator[None, None, list[GramMatrix]]:
         """Accumulate the Gram matrix of each input over one pass of the data, in the order of execution."""
@@ -187,48 +192,60 @@ class GPTQ(Technique):
         self._report_scarce(run, augment_undersampled(layers, grams, sample))
         return list({id(gram): gram for gram in grams.values()}.values())
 
-    def _quantize(self, run: Run, layers: Mapping[str, nn.Linear], gram: GramMatrix) -> None:
-        """Quantize layers that read the same input; rows of equally many bits in one recursion."""
-        what = f"{run.label(self)}: the Hessian of the inputs of {', '.join(layers)}"
-        order = column_order(gram.total, self.act_order)
-        known = {name: bits_of(self, run, name) for name in layers}
+    def _quantize_all(self, run: Run, waiting: dict[str, nn.Linear], grams: list[GramMatrix]) -> None:
+        """Quantize the layers of each Gram matrix, and take them out of ``waiting``. Several ranks share the work."""
+        parts = [{name: waiting.pop(name) for name in gram.names} for gram in grams]
+        costs = [_cost(gram, layers) for gram, layers in zip(grams, parts, strict=True)]
+        held = dict(enumerate(grams))
+        grams.clear()
+
+        def rounded(number: int) -> Rounded:
+            return self._rounded(run, parts[number], held[number])
+
+        for number, found in enumerate(divided([partial(rounded, number) for number in held], costs)):
+            self._store(run, parts[number], held.pop(number), found)  # the matrix's memory is free then
+
+    def _store(self, run: Run, layers: Mapping[str, nn.Linear], gram: GramMatrix, rounded: Rounded) -> None:
+        """Store the codes of layers that read the same input, and report their errors."""
         errors = {}
-        for names, dense, codes, grid in self._rounded(layers, known, gram.total, order, what):
+        for names, codes, grid in rounded:
             begin = 0
             for name in names:
                 rows = slice(begin, begin := begin + len(layers[name].weight))
                 own = grid.rows(rows.start, rows.stop)
                 # The inputs of experts are not quantized: transformers reads no scheme for them.
                 inputs = self.activations if isinstance(layers[name], nn.Linear) else None
+                dense = layers[name].weight.detach().clone()  # storing writes into the weights
                 compressed.store(
                     layers[name], compressed.scheme_of(own.spec, inputs), codes[rows], own.scale, own.zero_point,
                     global_scale=own.global_scale,
                 )  # fmt: skip
-                errors[name] = output_error(dense[rows], layers[name].weight, gram.total)
+                errors[name] = output_error(dense, layers[name].weight, gram.total)
         report_errors(self, run, {name: errors[name] for name in layers})
-        keep_bits(self, run, known)
+        keep_bits(self, run, {name: bits_of(self, run, name) for name in layers})
         run.cover(self, layers)
 
-    def _rounded(
-        self, layers: Mapping[str, nn.Linear], known: Mapping[str, int], hessian: Tensor, order: Tensor, what: str
-    ) -> list[tuple[list[str], Tensor, Tensor, Grid]]:
-        """Return for each number of bits its layers, their weights one below the other, codes and grid of these."""
+    def _rounded(self, run: Run, layers: Mapping[str, nn.Linear], gram: GramMatrix) -> Rounded:
+        """Return the codes of layers that read the same input; rows of equally many bits in one recursion."""
+        hessian = gram.total
+        what = f"{run.label(self)}: the Hessian of the inputs of {', '.join(layers)}"
+        order = column_order(hessian, self.act_order)
+        known = {name: bits_of(self, run, name) for name in layers}
         factor = inverse_cholesky(hessian, self.damp, what, order)
         upper, damp = factor.upper, factor.damp
         found = []
         for bits in dict.fromkeys(known.values()):
             names = [name for name, own in known.items() if own == bits]
-            # A copy, because storing writes into the weights.
             dense = torch.cat([layers[name].weight.detach() for name in names])
             grid = self._grid(dense, bits, hessian.diagonal())
             found.append((names, dense, recurse(dense, upper, order, grid, self.block_size), grid))
         if not self.refine or self.format != "int":  # scales of 4-bit floats are few: least squares does not find them
-            return found
+            return [(names, codes, grid) for names, _, codes, grid in found]
         del factor, upper  # the other factor takes their memory
         with damped(hessian, damp):
             upper = descent_factor(hessian, order)
             return [
-                (names, dense, *refine(dense, codes, grid, hessian, upper, order, self.refine, self.block_size))
+                (names, *refine(dense, codes, grid, hessian, upper, order, self.refine, self.block_size))
                 for names, dense, codes, grid in found
             ]
 
@@ -274,6 +291,12 @@ class GPTQ(Technique):
         if few := metrics.get("experts_with_few_tokens"):
             card.paragraph("GPTQ: experts with few tokens", few_tokens_paragraph(few))
         add_worst_layers(card, "GPTQ", errors)
+
+
+def _cost(gram: GramMatrix, layers: Mapping[str, nn.Linear]) -> float:
+    """Return how long the rounding takes, beside others': factors of the matrix, and sweeps over the rows."""
+    width = len(gram.total)
+    return float(width) ** 2 * (width + 4 * sum(len(layer.weight) for layer in layers.values()))
 
 
 def leading(grams: Sequence[GramMatrix], layers: Mapping[str, nn.Linear]) -> list[GramMatrix]:
