@@ -1,4 +1,4 @@
-"""Adaptive spans on a GPU: prefill and decoding beside SDPA, after a check of outputs and gradients.
+"""Adaptive spans on a GPU: prefill and decoding beside SDPA, after a check of outputs and gradients; captured steps.
 
     python examples/gpu/adaptive_span.py            # all sections; words choose some
     python examples/gpu/adaptive_span.py correct
@@ -9,13 +9,18 @@
 from __future__ import annotations
 
 import statistics
+import time
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sections import Sections
 from torch import Tensor
 from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import hf_optim
 from hf_optim.toolkit.attention import HeadGroupsLayer, groups_of
 from hf_optim_plugins.adaptive._span_mask import SpanBias, support, untouched
 from hf_optim_plugins.adaptive._span_model import SpanSet, _cached, attend_spans
@@ -23,8 +28,9 @@ from hf_optim_plugins.adaptive._span_model import SpanSet, _cached, attend_spans
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, WIDTH, RAMP = 12, 64, 32
 SPANS = [32] * 8 + [224] * 3 + [None]
-LENGTHS = (4096, 16384) if DEVICE == "cuda" else (512,)
+LENGTHS = (2048, 4096, 16384) if DEVICE == "cuda" else (512,)
 CONTEXT = 32768 if DEVICE == "cuda" else 1024
+LAYERS, ROWS, NEW = (12, 8, 64) if DEVICE == "cuda" else (2, 2, 6)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 section = Sections("adaptive_span.json")
 
@@ -136,4 +142,67 @@ def decode() -> dict[str, float]:
     found["step"] = milliseconds(step)
     found["sdpa step"] = milliseconds(lambda: functional.scaled_dot_product_attention(one[0], k, v))
     print(found)
+    return found
+
+
+def llama(length: int, spans: bool, fixed: bool, layers: int = LAYERS) -> Any:
+    """Return a Llama of 12 heads with random weights, with the spans above in each layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=HEADS * WIDTH, intermediate_size=4 * HEADS * WIDTH, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=length, bos_token_id=None,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(DTYPE).eval()
+    if not spans:
+        return model
+    model = hf_optim.optimize(model, [{"technique": "adaptive_span", "ramp": RAMP}]).eval()
+    shares = torch.tensor([1.0 if span is None else span / length for span in SPANS])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.span.z.copy_(shares)
+    if fixed:
+        model.fix_spans()
+    return model
+
+
+def call(model: Any, ids: Tensor, new: int, mode: str) -> tuple[float, Tensor]:
+    """Return the seconds of a call for ``new`` tokens, and the tokens."""
+    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hf_optim.GenerationWarning)
+        found = hf_optim.generate(model, ids, mode=mode, **given)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, found
+
+
+@section("captured steps")
+@torch.no_grad()
+def captured_steps() -> list[dict[str, Any]]:
+    """Milliseconds of a step of generate and of a prefill, with spans and without; tokens beside transformers' loop."""
+    mode = "captured" if DEVICE == "cuda" else "eager"
+    found: list[dict[str, Any]] = []
+    for length, rows in ((4096 if DEVICE == "cuda" else 512, 1), (CONTEXT, 1), (CONTEXT, ROWS)):
+        ids = torch.randint(1, 1024, (rows, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        for name, spans, fixed in (("dense", False, False), ("spans", True, False), ("windows", True, True)):
+            model = llama(length + NEW, spans, fixed)
+            row: dict[str, Any] = {"model": name, "context": length, "rows": rows}
+            call(model, ids, NEW, mode)  # compiles and captures
+            short = statistics.median(call(model, ids, 1, mode)[0] for _ in range(3))
+            whole = statistics.median(call(model, ids, NEW, mode)[0] for _ in range(3))
+            row |= {"prefill_ms": short * 1e3, "step_ms": (whole - short) / (NEW - 1) * 1e3}
+            if spans and rows == 1 and length != CONTEXT:
+                # In 16 bits tokens may differ where two logits are close.
+                own, stock = (call(model, ids, NEW, each)[1] for each in (mode, "stock"))
+                row["same_tokens"] = float((own == stock)[:, length:].float().mean())
+            found.append(row)
+            print(row, flush=True)
+            section.keep("captured steps", found)
+            del model
     return found

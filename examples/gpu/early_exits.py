@@ -4,11 +4,14 @@
 
 Weights are random. ``check`` raises where an exit is not what it has to be; ``training`` runs ``depth_adaptive`` with
 float16 and a loss scale; ``times`` has tokens that are all made to leave, and drafts that are all accepted, in a
-decoder of 24 blocks of 2,048 channels. ``TINY=1`` runs it in small on a CPU.
+decoder of 24 blocks of 2,048 channels. ``halting`` is the update of a step of ``act`` (adaptive computation time)
+besides its block, in one launch beside plain PyTorch: first compared with float64, then timed. ``TINY=1`` runs all in
+small on a CPU.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import time
@@ -19,6 +22,8 @@ from sections import Sections
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 import hf_optim
+from hf_optim_kernels.common import benchmark
+from hf_optim_plugins.adaptive import _halting, _halting_kernel
 
 TINY = bool(os.environ.get("TINY"))
 DEVICE = "cpu" if TINY else "cuda"
@@ -149,3 +154,87 @@ def times() -> dict[str, Any]:
     result["captured at full depth"] = timed(lambda **more: hf_optim.generate(model, **more))
     print({name: round(ms, 3) for name, ms in result.items()}, flush=True)
     return result
+
+
+def halting_case(tokens: int, width: int, dtype: torch.dtype, mix: str, reads: str) -> tuple[Any, Any, list[Any], Any]:
+    """Return a halting unit, what three steps left, the states and inputs of four more, and slopes of the results."""
+    draw = torch.Generator(DEVICE).manual_seed(tokens + width)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    rule = _halting.Rule(8, 0.01, mix, "copied", reads, 0.0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        rounded = torch.randn(*shape, device=DEVICE, generator=draw).to(torch.bfloat16)
+        return rounded.to(dtype).requires_grad_()
+
+    steps = [(normal(1, tokens, width), normal(1, tokens, width) if reads == "before" else None) for _ in range(4)]
+    unit = _halting.HaltingUnit(width, -1.5, dtype=dtype, device=DEVICE)
+    with torch.no_grad():
+        unit.weight.copy_((normal(width) / width**0.5).to(torch.bfloat16))
+    begin = _halting.Progress(steps[0][0], None, rule)
+    begin.total = (torch.rand(1, tokens, device=DEVICE, generator=draw) * 0.6).to(kind).requires_grad_()
+    begin.running = torch.rand(1, tokens, device=DEVICE, generator=draw) < 0.8
+    begin.output = normal(1, tokens, width).detach().to(kind).requires_grad_()
+    begin.remainder = torch.zeros_like(begin.total).requires_grad_()
+    return unit, begin, steps, [normal(1, tokens, width).detach().to(kind), begin.total.detach().flip(1)]
+
+
+def pondered(unit: Any, begin: Any, steps: list[Any], last: bool) -> Any:
+    """Return what tokens are after some steps; ``begin`` stays what it is."""
+    own = copy.copy(begin)
+    for number, (state, read) in enumerate(steps, 1):
+        unit(state if read is None else read, own, state, last and number == len(steps))
+    return own
+
+
+def slopes(unit: Any, begin: Any, steps: list[Any], upstream: Any, last: bool) -> tuple[Any, list[torch.Tensor]]:
+    """Return what tokens are after some steps, and all gradients, those of the unit in one."""
+    own = pondered(unit, begin, steps, last)
+    leaves = [part for pair in steps for part in pair if part is not None]
+    leaves += [unit.weight, unit.bias, begin.total, begin.output, begin.remainder]
+    results, ups = (own.output, own.remainder, own.total), (*upstream, upstream[1])
+    grads = list(torch.autograd.grad(results, leaves, ups))
+    # The gradient of the bias is a sum of thousands of numbers of both signs, rounded after each step.
+    grads[-5:-3] = [torch.cat([grads[-5], grads[-4][None]])]
+    return own, grads
+
+
+@section("halting")
+def halting() -> dict[str, Any]:
+    """Four steps against float64, equal bits twice; then microseconds of one step, eager and replayed from a graph."""
+    found: dict[str, Any] = {"errors": {}, "microseconds": {}}
+    ways = {"plain": (), "one launch": (DEVICE,)}
+    shapes = [(64, 24)] if TINY else [(1000, 512), (1024, 1000), (16_384, 1024)]
+    for tokens, width in shapes:
+        for mix, reads in (("graves", "after"), ("t2t", "before")):
+            _halting_kernel.HALTING_KERNEL_DEVICES = ()
+            exact, wanted = slopes(*halting_case(tokens, width, torch.float64, mix, reads), True)
+            for way, devices in ways.items():
+                _halting_kernel.HALTING_KERNEL_DEVICES = devices
+                case = halting_case(tokens, width, torch.bfloat16, mix, reads)
+                (own, grads), (again, same) = slopes(*case, True), slopes(*case, True)
+                assert torch.equal(own.output, again.output), f"{way}: two calls differ"
+                pairs = zip(grads, same, strict=True)
+                assert way == "plain" or all(torch.equal(*pair) for pair in pairs), f"{way}: bits"
+                other = float((own.steps != exact.steps).double().mean())
+                pairs = zip([own.output.detach(), *grads], [exact.output.detach(), *wanted], strict=True)
+                gaps = [benchmark.relative_error(mine, true) for mine, true in pairs if true.any()]
+                found["errors"][f"{tokens} x {width}, {mix}, {way}"] = {"other steps": other, "largest": max(gaps)}
+                print(f"   {tokens} x {width}, {mix}, {way}: {other:.1e} {max(gaps):.1e}", flush=True)
+                assert other < 1e-3, f"{way}: tokens take other steps"
+                assert max(gaps) < 2e-2, f"{way}: {gaps}"
+    for tokens in (64,) if TINY else (1024, 16_384):
+        for width in (24,) if TINY else (512, 1024):
+            unit, begin, steps, upstream = halting_case(tokens, width, torch.bfloat16, "graves", "after")
+            row = found["microseconds"][f"{tokens} x {width}"] = {}
+            for way, devices in ways.items():
+                _halting_kernel.HALTING_KERNEL_DEVICES = devices
+                calls = {
+                    "forward": torch.no_grad()(lambda: pondered(unit, begin, steps[:1], False)),
+                    "with gradients": lambda: slopes(unit, begin, steps[:1], upstream, False),
+                }
+                for what, call in calls.items():
+                    replayed = benchmark.graph_time([call]).us
+                    row[f"{way}, {what}"] = {"eager": benchmark.eager_time([call]).us, "replayed": replayed}
+                    print(f"   {tokens} x {width}, {way}, {what}: {row[f'{way}, {what}']}", flush=True)
+    _halting_kernel.HALTING_KERNEL_DEVICES = ()
+    return found

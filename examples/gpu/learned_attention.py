@@ -3,8 +3,9 @@
     OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/learned_attention.py [WORD | LENGTH ...]
 
 With words, only the sections that have one of them in their names run: ``check`` (each attention in the dtype that is
-timed against itself in float64), ``times`` (one row, 16 heads of 64, without padding) and ``kernels`` (which kernels take
-how much of the time at two lengths), which runs only if it is named. A technique has an entry in
+timed against itself in float64), ``forward times`` and ``step times`` (one row, 16 heads of 64, without padding; kept
+after each length) and ``kernels`` (which kernels take how much of a forward), which runs only if it is named. Lengths
+choose those that are timed, and ``name=...`` the attention whose names have a word. A technique has an entry in
 ``BUILDERS``: a function that takes a ``Shape`` and returns the call and its weights. Causal ones are taken out of a model
 of one layer that is converted (``CONVERTED``), as a recipe does it; their tests compare them with float64.
 """
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import math
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 LENGTHS = [1 << power for power in (range(10, 17) if DEVICE == "cuda" else range(8, 11))]
 LINEAR_FROM = 4096 if DEVICE == "cuda" else 256  # tokens: from here on exponents are fitted
-CHECKED = 1024
+HEADS, CHECKED = 16, 1024
+PROFILED = 8192
 TOLERANCE = 2e-2 if DEVICE == "cuda" else 1e-4  # of relative errors against float64
 DENSE, DENSE_CAUSAL = "sdpa", "sdpa, causal"
 
@@ -101,14 +104,20 @@ def causal_sdpa(shape: Shape) -> Built:
     return Built(functools.partial(F.scaled_dot_product_attention, is_causal=True), [])
 
 
-def converted(step: dict[str, object], shape: Shape) -> Built:
-    """Return the attention of a Llama of one layer whose recipe has one step."""
+@functools.lru_cache(maxsize=8)
+def model_of(step: str, shape: Shape) -> Any:
+    """Return the model; one whose settings do not follow from its context has no tokens and serves all lengths."""
     width = shape.heads * shape.size
     config = LlamaConfig(
         vocab_size=64, hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads, max_position_embeddings=shape.tokens,
+        num_key_value_heads=shape.heads, max_position_embeddings=shape.tokens or LENGTHS[-1],
     )  # fmt: skip
-    model = hf_optim.optimize(LlamaForCausalLM(config).to(**shape.about).eval(), [step])
+    return hf_optim.optimize(LlamaForCausalLM(config).to(**shape.about).eval(), [json.loads(step)])
+
+
+def converted(step: dict[str, object], shape: Shape) -> Built:
+    """Return the attention of a Llama of one layer whose recipe has one step."""
+    model = model_of(json.dumps(step), shape._replace(tokens=shape.tokens if step["technique"] == "reformer" else 0))
     attachment = AttentionInterface()[model.config._attn_implementation].__self__
     module = model.model.layers[0].self_attn
 
@@ -172,21 +181,28 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measured(build: Callable[[Shape], Built], shape: Shape) -> dict[str, object]:
-    """Microseconds and MiB of the forward and of a step, or why there are none."""
+def measured(build: Callable[[Shape], Built], shape: Shape, steps: bool) -> dict[str, object]:
+    """Microseconds and bytes of the forward, or of a step with all gradients, or why there are none."""
+    what = "step" if steps else "forward"
     try:
         torch.manual_seed(0)
         built, (q, k, v, slope) = build(shape), drawn(shape)
-        with torch.no_grad():
-            forward = functools.partial(built.call, q, k, v)
-            found = {"forward_us": microseconds(forward), "forward_bytes": peak_bytes(forward)}
-        whole = functools.partial(step, built, q, k, v, slope)
-        return {**found, "step_us": microseconds(whole), "step_bytes": peak_bytes(whole)}
+        call = functools.partial(step, built, q, k, v, slope) if steps else functools.partial(built.call, q, k, v)
+        with torch.set_grad_enabled(steps):
+            return {f"{what}_us": microseconds(call), f"{what}_bytes": peak_bytes(call)}
     except Exception as problem:
-        return {"failed": f"{type(problem).__name__}: {str(problem)[:150]}"}
+        return {f"{what}_failed": f"{type(problem).__name__}: {str(problem)[:150]}"}
     finally:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def asked() -> dict[str, Callable[[Shape], Built]]:
+    """Return what is measured: all, or SDPA and what has a word of ``name=``."""
+    words = [word[5:] for word in sys.argv if word.startswith("name=")]
+    if not words:
+        return TIMED
+    return {name: each for name, each in TIMED.items() if any(word in name for word in ("sdpa", *words))}
 
 
 def exponent(times: dict[int, float]) -> float | None:
@@ -206,17 +222,15 @@ def crossing(times: dict[int, float], dense: dict[int, float]) -> int | None:
     return after[0] if after else None
 
 
-def summary(rows: dict[str, dict[int, dict[str, object]]]) -> dict[str, object]:
-    """Exponents and crossing points by name, of forward and step."""
+def summary(rows: dict[str, dict[int, dict[str, object]]], steps: bool) -> dict[str, object]:
+    """Exponents and crossing points by name."""
+    what = "step_us" if steps else "forward_us"
+    times = {name: {n: row[what] for n, row in own.items() if what in row} for name, own in rows.items()}
     found: dict[str, object] = {}
-    for what in ("forward_us", "step_us"):
-        times = {name: {n: row[what] for n, row in own.items() if what in row} for name, own in rows.items()}
-        for name, own in times.items():
-            dense = DENSE if name in BUILDERS else DENSE_CAUSAL
-            found.setdefault(name, {})[what] = {
-                "exponent": exponent(own),
-                "faster_from": crossing(own, times[dense]) if name != dense else None,
-            }
+    for name, own in times.items():
+        dense = DENSE if name in BUILDERS else DENSE_CAUSAL
+        faster = crossing(own, times.get(dense, {})) if name != dense else None
+        found[name] = {"exponent": exponent(own), "faster_from": faster}
     return found
 
 
@@ -233,12 +247,14 @@ section = Sections("learned_attention.json")
 def check():
     """Relative error of output and gradients in the dtype that is timed, against float64."""
     found = {}
-    for name, build in TIMED.items():
+    for name, build in asked().items():
         results = []
         for dtype in (DTYPE, torch.float64):
             torch.manual_seed(0)
-            built = build(Shape(4, 64, CHECKED, DEVICE, torch.float64))
-            rounded = [each.to(DTYPE) for each in drawn(Shape(4, 64, CHECKED, DEVICE, torch.float64))]
+            # As many heads as are timed: numbers of other divisors are other kernels, which take seconds to compile.
+            shape = Shape(HEADS, 64, CHECKED, DEVICE, torch.float64)
+            built = build(shape)
+            rounded = [each.to(DTYPE) for each in drawn(shape)]
             for weight in built.weights:  # the same numbers in both
                 weight.data = weight.data.to(DTYPE).to(dtype)
             results.append(step(built, *(each.to(dtype) for each in rounded)))
@@ -251,53 +267,59 @@ def check():
     return found
 
 
-@section("times")
-def times():
-    """Times and memory by name and length, exponents and crossing points."""
-    asked = [int(word) for word in sys.argv if word.isdigit()]
-    rows = {name: {} for name in TIMED}
-    for n in asked or LENGTHS:
-        for name, build in TIMED.items():
-            row = rows[name][n] = measured(build, Shape(16, 64, n, DEVICE, DTYPE))
+def timed(steps: bool) -> dict[str, object]:
+    """Return times and memory by name and length, exponents and crossing points; kept after each length."""
+    lengths = [int(word) for word in sys.argv if word.isdigit()] or LENGTHS
+    rows: dict[str, dict[int, dict[str, object]]] = {name: {} for name in asked()}
+    for n in lengths:
+        for name, build in asked().items():
+            row = rows[name][n] = measured(build, Shape(HEADS, 64, n, DEVICE, DTYPE), steps)
             shown = "  ".join(
                 f"{key} {value / 2**20:.0f} MiB" if "bytes" in key else f"{key} {value:.0f}"
                 for key, value in row.items()
                 if isinstance(value, (int, float))
             )
             print(f"   {n:>6} {name:<28} {shown or row}", flush=True)
-    told = summary(rows)
+        section.keep("step times" if steps else "forward times", {"rows": rows, "summary": summary(rows, steps)})
+    told = summary(rows, steps)
     for name, own in told.items():
-        print(f"   {name:<28} " + "  ".join(f"{what}: {values}" for what, values in own.items()), flush=True)
+        print(f"   {name:<28} {own}", flush=True)
     return {"rows": rows, "summary": told}
+
+
+@section("forward times")
+def forward_times():
+    """Times and memory of forwards."""
+    return timed(False)
+
+
+@section("step times")
+def step_times():
+    """Times and memory of forwards with all gradients."""
+    return timed(True)
 
 
 @section("kernels")
 def kernels():
-    """Of a forward and of a step: microseconds and launches of the kernels that take most of it."""
+    """Of a forward: microseconds and launches of the kernels that take most of it."""
     if "kernels" not in sys.argv or DEVICE == "cpu":
         return "not asked for"
     found = {}
-    for name in CONVERTED:
-        for n in (8192, 65536):
-            built, (q, k, v, slope) = (
-                TIMED[name](Shape(16, 64, n, DEVICE, DTYPE)),
-                drawn(Shape(16, 64, n, DEVICE, DTYPE)),
-            )
-            for what, call in (
-                ("forward", torch.no_grad()(functools.partial(built.call, q, k, v))),
-                ("step", functools.partial(step, built, q, k, v, slope)),
-            ):
-                call()
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-                    call()
-                    torch.cuda.synchronize()
-                own = sorted(seen.key_averages(), key=lambda each: -each.self_device_time_total)
-                rows = [(each.key[:60], each.count, each.self_device_time_total) for each in own]
-                found[f"{name}, {n}, {what}"] = rows
-                total = sum(each for _, _, each in rows)
-                print(f"   {name}, {n}, {what}: {total:.0f} us, {sum(c for _, c, _ in rows)} launches", flush=True)
-                for key, count, us in rows[:9]:
-                    print(f"      {us:8.0f} us {count:4} x {key}", flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
+    for name in [each for each in CONVERTED if each in asked()]:
+        shape = Shape(HEADS, 64, PROFILED, DEVICE, DTYPE)
+        built, (q, k, v, _) = TIMED[name](shape), drawn(shape)
+        with torch.no_grad():
+            built.call(q, k, v)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                built.call(q, k, v)
+                torch.cuda.synchronize()
+        own = sorted(seen.key_averages(), key=lambda each: -each.self_device_time_total)
+        rows = [(each.key[:60], each.count, each.self_device_time_total) for each in own if each.self_device_time_total]
+        found[name] = rows
+        print(f"   {name}: {sum(us for *_, us in rows):.0f} us, {sum(c for _, c, _ in rows)} launches", flush=True)
+        for key, count, us in rows[:12]:
+            print(f"      {us:8.0f} us {count:4} x {key}", flush=True)
+        section.keep("kernels", found)
+        gc.collect()
+        torch.cuda.empty_cache()
     return found

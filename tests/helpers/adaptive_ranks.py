@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 
 import forked_ranks
 import torch
@@ -68,7 +70,8 @@ def every_way_gives_the_same(rank, world):
 
 def exchanged_rows_are_the_same_to_the_bit(rank, world):
     """An expert that computes rows one by one gives the same bits in every way of exchanging."""
-    model = load(model_path(world), world, True, optim_config="auto")
+    # Eight ranks do not divide the attention heads, so that each has a batch of its own there.
+    model = load(model_path(world), world, world < 8, optim_config="auto")
     layer = layers_of(model)[0]
     generator = torch.Generator().manual_seed(rank)
     hidden = torch.randn(9 * rank, 32, generator=generator)
@@ -169,6 +172,26 @@ def a_capacity_drops_the_same_in_every_way(rank, world):
     return found
 
 
+def a_rank_that_dies(rank, world):
+    """The last check: one rank ends; every other one gets an error soon, and does not hang."""
+    model = load(model_path(world), world, world < 8, optim_config="auto")
+    layer = layers_of(model)[0]
+    hidden, index, gates = torch.randn(6, 32), torch.arange(12).view(6, 2) % EXPERTS, torch.rand(6, 2)
+    pairs = pair_up(index, EXPERTS)
+    dist.barrier()
+    if rank == world - 1:
+        os._exit(3)
+    start = time.monotonic()
+    try:
+        with torch.no_grad():
+            for way in layer.choices.ways:
+                counts, _ = share_counts(pairs, layer.grids["flat"], False)
+                run_way(layer, way, pairs, counts, hidden, index, gates)
+    except Exception as error:
+        return [type(error).__name__, time.monotonic() - start]
+    return ["no error", time.monotonic() - start]
+
+
 CHECKS = [
     every_way_gives_the_same,
     exchanged_rows_are_the_same_to_the_bit,
@@ -176,7 +199,11 @@ CHECKS = [
     loads_and_sizes_are_decided_apart,
     gradient_checkpointing_repeats_the_way_of_the_forward,
     a_capacity_drops_the_same_in_every_way,
+    a_rank_that_dies,
 ]
+OF_EIGHT = [exchanged_rows_are_the_same_to_the_bit, a_rank_that_dies]
 
 if __name__ == "__main__":
-    raise SystemExit(forked_ranks.main({world: {check.__name__: check for check in CHECKS} for world in (2, 4)}))
+    of_world = {2: CHECKS, 4: CHECKS, 8: OF_EIGHT}
+    named = {world: {check.__name__: check for check in checks} for world, checks in of_world.items()}
+    raise SystemExit(forked_ranks.main(named))

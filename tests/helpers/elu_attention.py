@@ -55,10 +55,9 @@ class EluAttachment(LearnedAttachment):
 
 
 ELU = EluAttachment("hf_optim_elu")
-ELU.register()
 
 
 class EluConfig(LearnedConfig):
     """Base of the configuration classes."""
 
-    implementation = ELU.name
+    attachment = ELU

@@ -114,7 +114,7 @@ def ranks(python, folder, world):
 
 @REGISTRY
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks(world, python, tmp_path):
     found = ranks(python, tmp_path, world)
 
@@ -123,10 +123,18 @@ def test_ranks(world, python, tmp_path):
         return [one["found"] for one in found[name]]
 
     orders = 0 if world == 2 else 2  # two ranks form no grid of nodes
+    assert {len(one) for one in of("exchanged_rows_are_the_same_to_the_bit")} == {3 + orders}
+    *others, dead = found["a_rank_that_dies"]
+    assert dead == {"error": "ended"}
+    for one in others:
+        kind, seconds = one["found"]
+        assert kind == "RankError", one
+        assert seconds < 30  # the timeout of the group is 15
+    if world == 8:
+        return
     for rank in of("every_way_gives_the_same"):
         assert len(rank) == (4 if world == 2 else 12)
         assert max(max(pair) for pair in rank.values()) < 1e-4
-    assert {len(one) for one in of("exchanged_rows_are_the_same_to_the_bit")} == {3 + orders}
     for chosen, times, why in of("the_choice_is_that_of_the_slowest_rank_on_all_ranks"):
         assert chosen == "exchange flat x2"  # 3 s on every rank; the others 4 and 5 on some
         assert times == {"exchange flat x1": 5000.0, "exchange flat x2": 3000.0, "gather": 4000.0}

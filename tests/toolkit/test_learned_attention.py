@@ -34,7 +34,7 @@ def converted(make, width=None):
             module.learned.scale += torch.rand(module.learned.scale.shape, generator=generator)
             module.learned.shift += 0.5
     convert(model, CODE, settings)
-    model.set_attn_implementation(elu_attention.ELU.name)
+    model.attach_attention()
     return model
 
 

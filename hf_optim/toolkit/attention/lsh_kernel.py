@@ -81,7 +81,7 @@ def rounds_by_kernel(
             scheme.step if inside else 0, near,
         ),
     )  # fmt: skip
-    seen = module.Seen(scheme.before, scheme.after, causal, True, False, near, not padded)
+    seen = module.Seen(scheme.before, scheme.after, causal, True, False, near, not padded, inside and causal)
     return module.run_attention(  # type: ignore[no-any-return]
         query, None, value, runs.order, runs.order, runs.low, runs.high, seen, 1.0, runs.codes, runs.first, runs.last
     )

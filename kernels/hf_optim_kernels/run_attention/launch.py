@@ -1,6 +1,4 @@
-"""From tensors to launches: one for all rounds and one that merges them, and of the backward three. Nothing waits for
-the host.
-"""
+"""From tensors to launches: one for each round, of the backward two and one more. Nothing waits for the host."""
 
 from __future__ import annotations
 
@@ -14,10 +12,11 @@ from torch import Tensor
 from ..common.compute_type import compute_constants
 from ..common.launch import is_aligned, launch
 from .backward_kernel import _delta_kernel, _key_kernel, _query_kernel
-from .kernel import _factor_kernel, _forward_kernel, _merge_kernel
+from .kernel import _factor_kernel, _forward_kernel
 from .naive import ALONE, Seen
 
-# Places of a block, and those of heads above 64 in the backward, and in float32.
+# Places of a block; of heads above 64 in the backward, in float32, and of what the forward and unit keys read at once:
+# what a thread holds of each, its place and codes, then takes half of the registers, and runs are often that short.
 BLOCK, SMALL = 64, 32
 LOG2E = math.log2(math.e)
 
@@ -41,25 +40,14 @@ def forward(
 
     The last dimension of every tensor is contiguous, and of places all.
     """
-    (B, H, N, _), DV, R = query.shape, value.shape[3], places.order_q.shape[2]
+    (B, H, N, _), DV = query.shape, value.shape[3]
     out = query.new_empty((B, N, H, DV)).transpose(1, 2)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=query.device)
-    held = (out[:, :, None], lse) if R == 1 else (
-        query.new_empty((B, H, R, N, DV)), torch.empty((B, H, R, N), dtype=torch.float32, device=query.device)
-    )  # fmt: skip
     if not seen.placed:
-        held[1].fill_(float("-inf"))
-        if R == 1:
-            out.zero_()
+        lse.fill_(float("-inf"))
+        out.zero_()
     call = _Call(query, key, value, places, seen, scale)
-    call.attend(*held, held[1].stride(1))
-    if R > 1:
-        blocks = triton.cdiv(N, BLOCK)
-        constants = {"ROWS": BLOCK, "BLOCK_DV": _padded(DV)}
-        numbers = (H, R, N, DV, blocks, *out.stride()[:3])
-        _start(_merge_kernel, B * H * blocks, (*held, out, lse), (), numbers, constants, 4, 1)
-    if seen.near:
-        _near(call).attend(out[:, :, None], lse, N)
+    call.attend(out, lse)
     return out, lse
 
 
@@ -75,10 +63,10 @@ def backward(
     constants = {"ROWS": BLOCK, "BLOCK_DV": _padded(DV)}
     _start(_delta_kernel, B * H * blocks, (grad_out, out, delta), (), numbers, constants, 4, 1)
     call = _Call(query, key, value, places, seen, scale)
-    found = [each.sum(2) if each.shape[2] > 1 else each[:, :, 0] for each in call.gradients(grad_out, lse, delta)]
+    found = call.gradients(grad_out, lse, delta)
     if seen.near:
         for whole, part in zip(found, _near(call).gradients(grad_out, lse, delta), strict=True):
-            whole[:, :, : seen.near] += part[:, :, 0]
+            whole[:, :, : seen.near] += part
     if seen.unit:
         grad_query, grad_value = found
         grad_key = query.new_empty(0)
@@ -99,7 +87,8 @@ def _near(call: _Call) -> _Call:
     place = torch.arange(near, dtype=torch.int32, device=call.query.device).expand(shape).contiguous()
     begin, end = torch.zeros_like(place), torch.full_like(place, near - 1)
     places = Places(place, place, begin, place, call.places.codes, place, end)
-    return _Call(call.query, call.key, call.value, places, call.seen, call.scale, call.factors)
+    seen = call.seen._replace(last=True)
+    return _Call(call.query, call.key, call.value, places, seen, call.scale, call.factors)
 
 
 class _Call:
@@ -126,69 +115,63 @@ class _Call:
         _start(_factor_kernel, self.B * self.H * blocks, (self.query, found), (), numbers, constants, 4, 1)
         return found
 
-    def attend(self, out: Tensor, lse: Tensor, l_h: int) -> None:
-        """Write the attention of each round to out ``[B, H, R, N, Dv]`` and lse, in steps of ``l_h`` for a head."""
+    def attend(self, out: Tensor, lse: Tensor) -> None:
+        """Write the attention of all rounds to out ``[B, H, N, Dv]`` and lse ``[B, H, N]``, of as many or more N."""
         small = self.query.dtype == torch.float32
-        self._run(_forward_kernel, self._tensors(out, lse), (), (out,), l_h, small, by_key=False)
+        for r in range(self.R):
+            self._run(_forward_kernel, self._tensors(out, lse), (), (out,), lse.shape[2], small, False, r)
 
     def gradients(self, grad_out: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
-        """Return the gradients of query, key (unless keys are queries) and value by round, [B, H, R, L, ..]."""
+        """Return the gradients of query, key (unless keys are queries) and value, ``[B, H, L, ..]``."""
         unit, L = self.seen.unit, self.L
         make = torch.empty if self.seen.placed or self.seen.near == L else torch.zeros
         sizes = (self.D, self.DV) if unit else (self.D, self.D, self.DV)
-        found = [
-            make((self.B, self.H, self.R, L, size), dtype=self.query.dtype, device=self.query.device) for size in sizes
-        ]
+        found = [make((self.B, self.H, L, size), dtype=self.query.dtype, device=self.query.device) for size in sizes]
         small = self.query.dtype == torch.float32 or max(self.D, self.DV) > 64
-        N, by_head = lse.shape[2], [stride for each in found for stride in each.stride()[1:3]]
-        by_query = self._tensors(lse, delta, grad_out, found[0])
-        self._run(_query_kernel, by_query, by_head[:2], (grad_out,), N, small, by_key=False)
-        key, value = found[-2:]
-        of_keys = (key, value), [*key.stride()[1:3], *value.stride()[1:3]]
-        q, k, v, *orders, codes, factors = self._tensors()
-        tensors = (
-            q,
-            k,
-            v,
-            *orders,
-            self.places.first,
-            self.places.last,
-            codes,
-            factors,
-            lse,
-            delta,
-            grad_out,
-            *of_keys[0],
-        )
-        self._run(_key_kernel, tensors, of_keys[1], (grad_out,), N, small, by_key=True)
+        N, key, value = lse.shape[2], *found[-2:]
+        *tensors, codes, factors = self._tensors()
+        given, places = (codes, factors, lse, delta, grad_out), (self.places.first, self.places.last)
+        by_query, by_key = (*tensors, *given, found[0]), (*tensors, *places, *given, key, value)
+        steps = key.stride(1), value.stride(1)
+        for r in range(self.R):  # with unit, the keys' are added to the queries' of the same round
+            self._run(_query_kernel, by_query, (found[0].stride(1),), (grad_out,), N, small, False, r)
+            self._run(_key_kernel, by_key, steps, (grad_out,), N, small, True, r)
         return found
 
     def _tensors(self, *more: Tensor) -> tuple[Tensor, ...]:
         p = self.places
         return self.query, self.key, self.value, p.order_q, p.order_k, p.low, p.high, p.codes, self.factors, *more
 
-    def _run(self, kernel: Any, tensors: tuple, steps: Any, others: tuple, l_h: int, small: bool, by_key: bool) -> None:
+    def _run(
+        self, kernel: Any, tensors: tuple, steps: tuple, others: tuple, l_h: int, small: bool, by_key: bool, r: int
+    ) -> None:
+        """Launch a kernel for round r."""
         seen, dtype = self.seen, self.query.dtype
         size = min(SMALL if small else BLOCK, _padded(self.L))
-        blocks = triton.cdiv(self.L, size)
+        forward = kernel is _forward_kernel
+        loop = min(SMALL, size) if forward or seen.unit else size
+        rows, step = (loop, size) if by_key else (size, loop)
+        blocks, near = triton.cdiv(self.L, size), (seen.near,) if forward else ()
+        if forward and r == 0:
+            blocks += triton.cdiv(seen.near, size)
         strides = [stride for each in (self.query, self.key, self.value) for stride in each.stride()[:3]]
-        for each in others:  # out has a stride of rounds
-            strides += each.stride()[: each.ndim - 1]
+        for each in others:
+            strides += each.stride()[:3]
         block_d, block_dv = _padded(self.D), _padded(self.DV)
         constants = {
-            "ROWS": size, "STEP": size, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "FULL_D": block_d == self.D,
+            "ROWS": rows, "STEP": step, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "FULL_D": block_d == self.D,
             "FULL_DV": block_dv == self.DV, "CAUSAL": seen.causal, "UNIT": seen.unit, "OWN": seen.own,
-            "EARLIER": 0, "MATH": compute_constants(dtype, kernel)["MATH"],
+            "LAST": seen.last, **({"NEAR": bool(seen.near)} if forward else {}), "EARLIER": r,
+            "MATH": compute_constants(dtype, kernel)["MATH"],
         }  # fmt: skip
         floats = (self.scale * LOG2E, ALONE * LOG2E)
-        stages = 1 if dtype == torch.float32 or by_key else 2
-        for r in range(self.R):
-            numbers = (
-                self.H, self.value.shape[1], self.places.order_k.shape[1], self.R, self.N, self.L, self.D, self.DV, r,
-                seen.before, seen.after, blocks, *strides, *steps, l_h,
-            )  # fmt: skip
-            constants["EARLIER"] = r
-            _start(kernel, self.B * self.H * blocks, tensors, floats, numbers, dict(constants), 4, stages)
+        # Runs of unit keys are two or three steps long: loads ahead cost more registers than they save time.
+        stages = 1 if dtype == torch.float32 or by_key or seen.unit else 2
+        numbers = (
+            self.H, self.value.shape[1], self.places.order_k.shape[1], self.R, self.N, self.L, self.D, self.DV, r,
+            seen.before, seen.after, blocks, *near, *strides, *steps, l_h,
+        )  # fmt: skip
+        _start(kernel, self.B * self.H * blocks, tensors, floats, numbers, constants, 4, stages)
 
 
 def _start(

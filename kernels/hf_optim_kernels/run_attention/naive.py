@@ -31,6 +31,8 @@ class Seen(NamedTuple):
         near: the first so many tokens see all tokens before them, beside what their runs say (with ``unit`` and
             ``causal``).
         placed: every token has a place in each order: nothing is filled with zeros for those without.
+        last: a run that is not empty ends with the place of its query, and its places are in the order of their tokens,
+            so that no later one is in it; with ``unit``, whose orders are the same.
     """
 
     before: int = 0
@@ -40,6 +42,7 @@ class Seen(NamedTuple):
     own: bool = False
     near: int = 0
     placed: bool = False
+    last: bool = False
 
 
 def run_attention(

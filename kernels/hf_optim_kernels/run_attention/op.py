@@ -103,6 +103,8 @@ def _mismatch(
         return "several rounds of queries and keys in orders of their own"
     if seen.near and not (seen.unit and seen.causal and 0 < seen.near <= N):
         return f"near={seen.near} for {N} tokens: it is for causal attention with unit keys, and at most all tokens"
+    if seen.last and not seen.unit:
+        return "last without unit: it is for queries that are keys"
     if min(seen.before, seen.after, seen.near) < 0:
         return f"{seen}"
     return None
@@ -176,8 +178,8 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _seen(numbers: list[int]) -> Seen:
-    before, after, causal, unit, own, near, placed = numbers
-    return Seen(before, after, bool(causal), bool(unit), bool(own), near, bool(placed))
+    before, after, causal, unit, own, near, placed, last = numbers
+    return Seen(before, after, bool(causal), bool(unit), bool(own), near, bool(placed), bool(last))
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -40,15 +40,12 @@ def factors_at(factors, token, real, UNIT: tl.constexpr):
 
 
 @triton.jit
-def found_before(
-    codes, N, token_q, token_k, real_q, real_k, before, after, EARLIER: tl.constexpr, BY_KEY: tl.constexpr
+def not_before(
+    seen, codes, N, token_q, token_k, real_q, real_k, before, after, EARLIER: tl.constexpr, BY_KEY: tl.constexpr
 ):
-    """Return which pairs one of the first EARLIER rounds has found, by the codes [R, N] of queries and of keys. Rows of
-    the tile are queries; BY_KEY: keys.
+    """Return which pairs of ``seen`` none of the first EARLIER rounds has found, by the codes [R, N] of queries and of
+    keys. Rows of the tile are queries; BY_KEY: keys.
     """
-    found = (token_q[:, None] < -1) & (token_k[None, :] < -1)
-    if BY_KEY:
-        found = (token_k[:, None] < -1) & (token_q[None, :] < -1)
     for earlier in tl.static_range(EARLIER):
         one = tl.load(codes + earlier * N + token_q, mask=real_q, other=0) + after
         other = tl.load(codes + earlier * N + token_k, mask=real_k, other=0)
@@ -57,22 +54,35 @@ def found_before(
         else:
             apart = one[:, None] - other[None, :]
         # Differences below 0 are large without a sign.
-        found = found | (apart.to(tl.uint32, bitcast=True) <= before + after)
-    return found
-
-
-@triton.jit
-def visible(place_k, low, high, token_q, token_k, CAUSAL: tl.constexpr):
-    """Return which keys are in the runs of queries; all arguments broadcast to one tile."""
-    seen = (place_k >= low) & (place_k <= high) & (token_k >= 0) & (token_q >= 0)
-    if CAUSAL:
-        seen = seen & (token_k <= token_q)
+        seen = seen & (apart.to(tl.uint32, bitcast=True) > before + after)
     return seen
 
 
 @triton.jit
-def scores_of(s, seen, token_q, token_k, ALONE, UNIT: tl.constexpr):
-    """Return scores, -inf where nothing is seen, and with UNIT ``-ALONE`` for a token with itself."""
-    if UNIT:
-        s = tl.where(token_q == token_k, -ALONE, s)
-    return tl.where(seen, s, float("-inf"))
+def keys_in_run(begin, end, real, UNIT: tl.constexpr, LAST: tl.constexpr):
+    """Return how many keys of a run from place ``begin`` to ``end`` a query sees, without its own of UNIT and LAST."""
+    count = end - begin + 1
+    if UNIT and LAST:
+        count -= 1
+    return tl.where(real & (end >= begin), count, 0)
+
+
+@triton.jit
+def in_run(place, begin, count):
+    """Return whether a place is one of ``count`` from ``begin`` on: without a sign, what is below 0 is large."""
+    return (place - begin).to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def visible(place_k, begin, count, token_q, token_k, CAUSAL: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr):
+    """Return which keys queries see; all arguments broadcast to one tile. A place without a token is -1.
+
+    With UNIT a token does not see itself here: where it sees nothing else, see ``alone``. LAST: its own place is the
+    last of its run, and none of the run has a later token.
+    """
+    seen = in_run(place_k, begin, count)
+    if CAUSAL and not LAST:
+        seen = seen & (token_k <= token_q)
+    if UNIT and not LAST:
+        seen = seen & (token_k != token_q)
+    return seen

@@ -20,6 +20,7 @@ from hf_optim.toolkit.modules import Passage, Step, hidden_and_rest
 
 from ._chosen_tokens import Chosen
 from ._halted_attention import OnlyKeys, StepKeys
+from ._halting_kernel import advanced_by_kernel
 
 WORDS = {"mix": ("graves", "t2t"), "halted": ("copied", "recomputed"), "reads": ("after", "before")}
 
@@ -72,10 +73,15 @@ class HaltingUnit(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width, **about))
         self.bias = nn.Parameter(torch.full((), bias, **about))
 
-    def forward(self, state: Tensor) -> Tensor:
-        """Return the probabilities ``[B, N]`` of states ``[B, N, d]``, in float64 if they are that, else in float32."""
-        dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
-        return ((state.to(dtype) @ self.weight.to(dtype)) + self.bias.to(dtype)).sigmoid()
+    def forward(self, read: Tensor, progress: Progress, state: Tensor, last: bool) -> None:
+        """Advance ``progress`` by the states ``[B, N, d]`` of a step, of which the unit reads ``read [B, N, d]``."""
+        if not progress.advance_at_once(self, read, state, last):
+            progress.advance(self.probability(read), state, last)
+
+    def probability(self, read: Tensor) -> Tensor:
+        """Return the probabilities ``[B, N]`` for ``[B, N, d]``, in float64 if that is, else in float32."""
+        dtype = torch.float64 if read.dtype == torch.float64 else torch.float32
+        return ((read.to(dtype) @ self.weight.to(dtype)) + self.bias.to(dtype)).sigmoid()
 
 
 class Progress:
@@ -114,6 +120,15 @@ class Progress:
         self.steps = self.steps + self.running
         self.total = torch.where(runs, self.total + probability, self.total)
         self.running = runs
+
+    def advance_at_once(self, unit: HaltingUnit, read: Tensor, state: Tensor, last: bool) -> bool:
+        """Do so in one launch, with the probabilities of ``unit``; return False if no kernel does."""
+        before = self.total, self.remainder, self.steps, self.running, self.output
+        about = self.rule.epsilon, last, self.rule.mix == "t2t"
+        after = advanced_by_kernel(state, read, (unit.weight, unit.bias), before, *about)
+        if after is not None:
+            self.total, self.remainder, self.steps, self.running, self.output = after
+        return after is not None
 
     def finish(self) -> tuple[Tensor, Pondered]:
         """Return the output, of padding what it began with, and what was taken."""
@@ -199,12 +214,9 @@ class HaltingStep(Step):
             raise ValueError("a step of a model whose tokens halt was called without the steps before it")
         signalled = self.signals(hidden, self.number, passage)
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        probability = self.unit(signalled) if rule.reads == "before" else None
         state = self._state(hidden, signalled, args, kwargs, cache)
-        if probability is None:
-            probability = self.unit(state)
         last = self.number == rule.steps - 1
-        progress.advance(probability, state, last)
+        self.unit(signalled if rule.reads == "before" else state, progress, state, last)
         state = passage.finish(self.training) if last else state
         return state if passage.beside is None else (state, *passage.beside)
 

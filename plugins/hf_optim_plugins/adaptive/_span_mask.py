@@ -2,16 +2,21 @@
 
     m(x) = clamp((z S - x) / R + 1, 0, 1)   for x < S,   0 for others
 
-x is the distance of a key from the query. This file is stored beside checkpoints, so it imports only torch.
+x is the distance of a key from the query. This file is stored beside checkpoints, so it imports only torch and
+transformers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+
+from hf_optim.toolkit.attention import constant_on
 
 
 class LogMask(torch.autograd.Function):
@@ -79,8 +84,10 @@ class SpanBias:
 
     def ramp(self) -> Tensor:
         """Return ``z S + R``, ``1 / R`` and S of each head, float32 ``[H, 3]``: m(x) is ``(z S + R - x) / R``."""
-        reach = self.z.float() * self.size + self.over
-        return torch.stack([reach, torch.full_like(reach, 1 / self.over), torch.full_like(reach, self.size)], 1)
+        z = self.z.float()[:, None]
+        each = ((self.over, 1 / self.over, self.size),), ((self.size, 0, 0),)
+        rest, unit = (constant_on(part, z.device, z.dtype) for part in each)
+        return torch.addcmul(rest, z, unit)  # one operation: a layer's other work takes less than three
 
 
 class HeadSpans(nn.Module):
@@ -90,27 +97,48 @@ class HeadSpans(nn.Module):
         super().__init__()
         self.z = nn.Parameter(torch.ones(heads, dtype=torch.float32, **about))
         self._known: tuple[Any, tuple[float, ...]] | None = None
+        self._waiting: tuple[Any, tuple[float, ...]] | None = None  # read by another layer in this forward
+        self._others: list[ReferenceType[HeadSpans]] = []
+
+    def read_with(self, others: Sequence[HeadSpans]) -> None:
+        """Read the spans of other layers with the own ones: a forward then waits for the device once."""
+        self._others = [ref(each) for each in others if each is not self]
 
     def shares(self, again: bool) -> tuple[float, ...]:
-        """Return z as numbers; ``again``: read it although it seems unchanged. This waits for the device.
+        """Return z as numbers; ``again``: read it although it seems unchanged. This waits for the device, unless the
+        first layer of this forward has read it.
 
         Without values (on the meta device) spans are the longest. Raises ``ValueError`` unless all are finite.
         """
         z = self.z.detach()
         if z.is_meta or type(z).__name__ == "FakeTensor":
             return (1.0,) * len(z)
-        state = None if z.is_inference() else (z._version, z.data_ptr())
-        if not again and state is not None and self._known is not None and self._known[0] == state:
+        state = self._state()
+        waiting, self._waiting = self._waiting, None
+        if state is not None and self._known is not None and self._known[0] == state and not again:
             return self._known[1]
-        values = z.float().tolist()
-        if not all(math.isfinite(value) for value in values):
+        if state is None or waiting is None or waiting[0] != state:
+            waiting = state, self._read_all()
+        if not all(math.isfinite(value) for value in waiting[1]):
             raise ValueError("the learned spans of the attention are not finite numbers")
-        found = tuple(min(max(value, 0.0), 1.0) for value in values)
-        self._known = state, found
-        return found
+        self._known = state, tuple(min(max(value, 0.0), 1.0) for value in waiting[1])
+        return self._known[1]
+
+    def _state(self) -> Any:
+        """Return what changes with z, but for writes to ``z.data``; None if nothing is known to."""
+        return None if self.z.is_inference() else (self.z._version, self.z.data_ptr())
+
+    def _read_all(self) -> tuple[float, ...]:
+        """Read the spans of this layer, which are returned, and of the others on its device."""
+        found = [self, *(each for each in (other() for other in self._others) if each is not None)]
+        like = [each for each in found if (each.z.device, each.z.shape) == (self.z.device, self.z.shape)]
+        read = torch.stack([each.z.detach().float() for each in like]).tolist()
+        for each, values in zip(like[1:], read[1:], strict=True):
+            each._waiting = each._state(), tuple(values)
+        return tuple(read[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_known": None, "_waiting": None, "_others": []}
 
     @torch.no_grad()
     def clamp_(self) -> None:

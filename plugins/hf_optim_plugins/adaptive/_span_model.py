@@ -22,8 +22,8 @@ from hf_optim.toolkit.attention import (
     PatternConfig,
     PatternModel,
     attend_biased,
+    constant_on,
     groups_of,
-    kept_attention,
     nearest_keys,
     read_mask,
     require_all_keys,
@@ -87,7 +87,7 @@ class SpanSet:
 
     def of(self, heads: Sequence[int]) -> SpanSet:
         """Return those of some heads."""
-        bias = None if self.bias is None else self.bias.of(torch.tensor(heads, device=self.bias.z.device))
+        bias = None if self.bias is None else self.bias.of(constant_on(tuple(heads), self.bias.z.device))
         counts, unbiased = (tuple(part[head] for head in heads) for part in (self.counts, self.unbiased))
         return SpanSet(counts, unbiased, self.causal, bias)
 
@@ -182,7 +182,7 @@ def _cached(
     """Compute the attention of new tokens and of those that a cache holds, and let the cache drop keys."""
     if not hasattr(held, "take"):
         raise ValueError("the cache was made for another attention pattern: start a new one")
-    shared, first = query.shape[1] // key.shape[1], held.get_seq_length() == 0
+    shared, first = query.shape[1] // key.shape[1], held.fresh
     seen = [max(spans.counts[head * shared : (head + 1) * shared]) for head in range(key.shape[1])]
     groups = groups_of(seen)
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
@@ -192,15 +192,16 @@ def _cached(
         kept = part.settle(own.heads, rows)
         if first:
             continue  # all keys are in ``key``
-        index = torch.tensor(heads, device=query.device)
+        index = constant_on(tuple(heads), query.device)
         some = mask if mask is None or mask.shape[1] == 1 else mask[:, index]
-        found = kept_attention(query[:, index], keys, values, kept, scale, rows, some, dropout, own.bias)
+        # A step reads at most as many tokens as there are, or as fixed buffers have room for.
+        bias = None if min(own.unbiased) >= getattr(kept, "length", kept.tokens) else own.bias
+        found = kept.attend(query[:, index], keys, values, scale, rows, some, dropout, bias)
         out = found if len(groups) == 1 else out.index_copy(1, index, found.to(out.dtype))
     return attend_spans(query, key, value, spans, scale, rows, mask, dropout) if first else out
 
 
 ATTACHMENT = SpanAttachment("hf_optim_adaptive_span", build)
-ATTACHMENT.register()
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
@@ -211,7 +212,7 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 class AdaptiveSpanBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class AdaptiveSpanModel(PatternModel):
@@ -237,6 +238,10 @@ class AdaptiveSpanModel(PatternModel):
                 weight = next(module.parameters(), None)
                 module.span = HeadSpans(heads, device=None if weight is None else weight.device)
                 module.span.train(module.training)  # type: ignore[operator]
+        found = (getattr(module, "span", None) for module in attentions(self))  # type: ignore[arg-type]
+        spans: list[HeadSpans] = [each for each in found if each is not None]
+        for each in spans:
+            each.read_with(spans)
 
     def initialize_weights(self) -> None:
         """Initialize what a checkpoint does not have; spans as the longest."""

@@ -52,7 +52,7 @@ from hf_optim.toolkit.modules import (
 )
 from hf_optim.toolkit.topology import dummy_inputs
 
-from . import _act_model, _chosen_tokens, _halted_attention, _halting
+from . import _act_model, _chosen_tokens, _halted_attention, _halting, _halting_kernel
 
 
 @technique(
@@ -95,6 +95,7 @@ class ACT(Technique):
             tied_blocks,
             _chosen_tokens,
             _halted_attention,
+            _halting_kernel,
             _halting,
             _act_model,
         ),

@@ -145,7 +145,7 @@ class AdaptiveSpan(Technique):
             )
         code = convert(model, self.remote_code, {"max_span": size, "ramp": self.ramp, "windows": None})
         code.set_up_attention()  # type: ignore[operator]
-        model.set_attn_implementation(_span_model.ATTACHMENT.name)
+        model.attach_attention()  # type: ignore[operator]
         with torch.no_grad():
             for module in modules:
                 module.span.z.fill_(self.init)  # type: ignore[operator, union-attr]

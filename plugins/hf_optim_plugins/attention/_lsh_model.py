@@ -80,17 +80,18 @@ class ReformerAttachment(LshAttachment):
 
 
 LSH = ReformerAttachment("hf_optim_lsh")
-LSH.register()
 
 
 class ReformerBase(LearnedConfig):
     """Base of the configuration classes."""
 
-    implementation = LSH.name
+    attachment = LSH
 
 
 class LshModel(LearnedModel):
     """Base of the model classes: keys are not projected, and layers are reversible where the settings say so."""
+
+    can_detach = False  # its keys are its queries
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

@@ -18,12 +18,26 @@ LEAST_SHARE = 1e-10  # of tokens in a sorted place, below which it is padding
 
 def in_row(part: Tensor, size: int) -> Tensor:
     """Return ``[R, H, P, D]`` in blocks ``[R, H, N, L, D]``, with zeros behind the last token."""
-    return functional.pad(part, (0, 0, 0, -part.shape[2] % size)).unflatten(2, (-1, size))
+    if part.shape[2] % size:  # padding by nothing copies
+        part = functional.pad(part, (0, 0, 0, -part.shape[2] % size))
+    return part.unflatten(2, (-1, size))
 
 
 def sorted_blocks(weights: Tensor, part: Tensor) -> Tensor:
     """Return what of the blocks ``[R, G, M, L, D]`` the rows of ``weights`` ``[R, G, N, M]`` put in each place."""
     return torch.einsum("rgnm,rgmld->rgnld", weights.to(part), part)
+
+
+def own_and_sorted(weights: Tensor, part: Tensor) -> Tensor:
+    """Return the blocks ``[R, G, N, L, D]``, behind the tokens of each those of ``sorted_blocks``: ``[.., 2 L, D]``."""
+    if torch.is_grad_enabled() and (weights.requires_grad or part.requires_grad):
+        return torch.cat([part, sorted_blocks(weights, part)], 3)
+    size = part.shape[3]
+    joined = part.new_empty(*part.shape[:3], 2 * size, part.shape[4])
+    joined[:, :, :, :size] = part
+    sorted_there = joined.flatten(0, 1)[:, :, size:].flatten(2)  # a view: the product is written where it is read
+    torch.bmm(weights.to(part).flatten(0, 1), part.flatten(3).flatten(0, 1), out=sorted_there)
+    return joined
 
 
 def sorted_with_padding(weights: Tensor, parts: tuple[Tensor, Tensor], valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -156,7 +156,11 @@ class SortedPart(nn.Module):
         weights = sinkhorn(scores, sorting.iterations, None if valid is None else valid.any(2)[:, None])
         if sorting.cut:
             weights = weights[:, :, : sorting.cut]
-        share = None
+        queries, share = in_row(query, size), None
+        if valid is None and not call.dropout and not sorting.cut:
+            made_whole = blocks_by_kernel(queries, (keys, values), weights, False, call.scale)
+            if made_whole is not None:
+                return made_whole.flatten(2, 3)
         if valid is None:
             brought = sorted_blocks(weights, keys), sorted_blocks(weights, values)
         else:
@@ -168,12 +172,8 @@ class SortedPart(nn.Module):
             out = block_attention(query[:, :, None], every, None, None, bias, call.scale, call.dropout)  # type: ignore[arg-type]
             return out.flatten(2, 3)
         bias = None if share is None else share[:, :, None, :, None]
-        queries, joined = in_row(query, size), None
-        if valid is None and not call.dropout:
-            joined = blocks_by_kernel(queries, (keys, values), brought, False, call.scale)
-        if joined is None:
-            seen = None if own is None else functional.pad(own, (0, size), value=True)
-            joined = block_attention(queries, (keys, values), brought, seen, bias, call.scale, call.dropout)
+        seen = None if own is None else functional.pad(own, (0, size), value=True)
+        joined = block_attention(queries, (keys, values), brought, seen, bias, call.scale, call.dropout)
         return joined.flatten(2, 3)[:, :, :length]
 
     def _prefixes(self, call: Call, query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -221,19 +221,19 @@ class SortedPart(nn.Module):
             begun = torch.where(call.earlier % self.sorting.block > 0, call.earlier // self.sorting.block, -1)
             here = torch.arange(blocks, device=query.device) == begun[:, None]
             asked = torch.where(here[:, None, :, None], state["asked"][:, :, None].to(asked), asked)
-        inner = torch.arange(size, device=query.device)
-        seen = inner[:, None] >= inner
-        brought = None
+        weights = made = None
         if blocks > 1:
             held = summaries(keys, self.sorting.summary, None)
             weights = of_past(self.sorter.scores(asked, own, held))
-            brought = sorted_blocks(weights, keys), sorted_blocks(weights, values)
-            later = (torch.arange(blocks, device=query.device) > 0)[:, None, None].expand(-1, size, size)
-            seen = torch.cat([seen.expand(blocks, -1, -1), later], -1)
-        made = None
         if not call.dropout:
-            made = blocks_by_kernel(queries, (keys, values), brought, True, call.scale)
+            made = blocks_by_kernel(queries, (keys, values), weights, True, call.scale)
         if made is None:
+            inner = torch.arange(size, device=query.device)
+            seen, brought = inner[:, None] >= inner, None
+            if weights is not None:
+                brought = sorted_blocks(weights, keys), sorted_blocks(weights, values)
+                later = (torch.arange(blocks, device=query.device) > 0)[:, None, None].expand(-1, size, size)
+                seen = torch.cat([seen.expand(blocks, -1, -1), later], -1)
             made = block_attention(queries, (keys, values), brought, seen, None, call.scale, call.dropout)
         out = made.flatten(2, 3)
         if place is None:
@@ -248,8 +248,12 @@ class SortedPart(nn.Module):
         if total_sum is not None:
             # Queries behind the last token of a row are zeros, or padding, which must not count.
             kept["sum"] = self._sum_until(call, shared_mean(query, groups), counts)
-        for name, part in zip(("brought_key", "brought_value"), brought or (keys[:, :, :, :0],) * 2, strict=True):
-            kept[name] = part.gather(2, now[..., None].expand(-1, groups, 1, *part.shape[3:]))[:, :, 0]
+        for name, part in (("brought_key", keys), ("brought_value", values)):
+            if weights is None:
+                kept[name] = part[:, :, 0, :0]
+            else:
+                row = weights.gather(2, now.expand(-1, groups, 1, blocks))
+                kept[name] = sorted_blocks(row, part)[:, :, 0]
         return out, kept
 
     def _sum_until(self, call: Call, query: Tensor, counts: Tensor) -> Tensor:
@@ -352,10 +356,9 @@ class SortedAttachment(LearnedAttachment):
 
 
 SORTED = SortedAttachment("hf_optim_sinkhorn")
-SORTED.register()
 
 
 class SortedConfig(LearnedConfig):
     """Base of the configuration classes."""
 
-    implementation = SORTED.name
+    attachment = SORTED

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_vit
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_optim
@@ -328,6 +329,36 @@ def test_halted_tokens_are_in_no_feed_forward_layer_and_the_steps_end_with_the_l
         handle.remove()
 
 
+def operations(model):
+    """How many operations on tensors a forward has, without those that only view them: what a GPU would launch."""
+    counted = Counted()
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+        with counted:
+            model(IDS, use_cache=False)
+    return counted.count
+
+
+class Counted(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and func is not torch.ops.aten._unsafe_view.default
+        return func(*args, **kwargs or {})
+
+
+def test_halting_adds_fewer_operations_to_a_step_than_its_block_has():
+    own = {steps: operations(universal(tiny_llama(), steps=steps)) for steps in (STEPS - 1, STEPS)}
+    block = own[STEPS] - own[STEPS - 1]
+    running = act(tiny_llama(), spread=0, bias=-20.0)  # no token halts before the last step
+    added = (operations(running) - own[STEPS]) / STEPS
+    assert 0 < added <= 30 < block
+    halted = act(tiny_llama())  # in all steps but the first some have
+    more = (operations(halted) - operations(running)) / (STEPS - 1)
+    assert passage_of(halted).pondered.steps.unique().numel() > 2
+    assert added < more <= 90
+
+
 def test_with_a_cache_later_steps_get_the_keys_of_halted_tokens():
     model = act(tiny_llama().double(), bias=60.0, spread=0.0)
     with torch.no_grad():
@@ -339,12 +370,12 @@ def test_with_a_cache_later_steps_get_the_keys_of_halted_tokens():
         unit_of(model).bias.fill_(0.0)
         code = __import__("sys").modules[type(model).__module__]
         chosen = torch.tensor([1.0] * 9 + [0.0], dtype=torch.float64)
-        original = code.HaltingUnit.forward
-        code.HaltingUnit.forward = lambda self, state: chosen.expand(3, 10)
+        original = code.HaltingUnit.probability
+        code.HaltingUnit.probability = lambda self, state: chosen.expand(3, 10)
         try:
             expected = model(torch.cat([IDS, IDS[:, :1]], 1), use_cache=False).logits[:, -1:]
         finally:
-            code.HaltingUnit.forward = original
+            code.HaltingUnit.probability = original
     torch.testing.assert_close(late, expected, rtol=0, atol=1e-11)
 
 

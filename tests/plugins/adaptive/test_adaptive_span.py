@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import textwrap
@@ -290,6 +291,27 @@ def test_spans_that_change_are_read_again_by_a_step_of_one_token():
     spans_of(model)[1].z.data.fill_(0.5)  # which no version counts
     logits(model)
     assert spans_of(model)[1].shares(False) == (0.5,) * 4
+
+
+def test_a_forward_reads_the_spans_of_all_layers_at_once(monkeypatch):
+    model = spanned(tiny_llama(), shares=[[1.0] * 4] * 2)
+    kind, read = type(spans_of(model)[0]), []
+    inner = kind._read_all
+    monkeypatch.setattr(kind, "_read_all", lambda span: (read.append(span), inner(span))[1])
+    logits(model)
+    assert read == spans_of(model)[:1]
+    spans_of(model)[1].z.data.fill_(0.5)
+    logits(model)
+    assert spans_of(model)[1].shares(False) == (0.5,) * 4  # the first layer of each forward reads them again
+    assert read == spans_of(model)[:1] * 2
+    with torch.no_grad():
+        spans_of(model)[1].z.fill_(0.25)
+    assert spans_of(model)[1].shares(True) == (0.25,) * 4
+    twin = copy.deepcopy(model)
+    spans_of(twin)[1].z.data.fill_(0.75)
+    logits(twin)
+    assert spans_of(twin)[1].shares(False) == (0.75,) * 4
+    assert spans_of(model)[1].shares(False) == (0.25,) * 4
 
 
 def test_caches_of_others_are_refused():
