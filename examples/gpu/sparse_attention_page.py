@@ -3,7 +3,7 @@
     python examples/gpu/sparse_attention_page.py model_cards/kernels/sparse_attention
 
 The folder has ``sparse_attention.json`` of ``sparse_attention.py`` and ``sparse_encoders.json`` of
-``sparse_encoders.py``.
+``sparse_encoders.py``; models under ``"of an earlier run"`` were kept from the record before.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DENSE = "dense (SDPA)"
+DENSE, FLEX = "dense (SDPA)", ", FlexAttention"
 # Microseconds of the forward, as the work was begun with: what FlexAttention takes, and less where it is slow.
 GOALS = {
     ("window 256", 4096): 44, ("window 256", 16384): 125, ("globals 64", 4096): 60, ("globals 64", 16384): 500,
     ("big bird", 4096): 60, ("big bird", 16384): 500, ("window 1024 causal", 16384): 993,
 }  # fmt: skip
 GOALS_MS = {4096: 2.0, 16384: 3.1}
+# Ten colours of the field, and darker ones for more lines.
+PALETTE = [f"C{i}" for i in range(10)] + ["navy", "darkgreen", "maroon", "black", "goldenrod"]
 SHOWN = (1024, 4096, 16384, 65536, 131072)
 TEXT = """# Sparse attention on a GPU
 
@@ -44,7 +46,7 @@ The first call of a process takes {first} s, with the backward {first_step} s (h
 ## Encoders
 
 An encoder of BERT-base width with four layers, in milliseconds: replayed CUDA graph, then an ordinary call, which on this host waits for Python below about 16,000 tokens (dense ones too), then the most memory
-that a forward needs. Patterns have a window of 256 tokens a side or about as many keys. `strided` and `sparse_transformer` read {strided} keys more with the length, so that they are not linear.
+that a forward needs. Patterns have a window of 256 tokens a side or about as many keys. {growing}
 
 {encoders}
 
@@ -108,7 +110,7 @@ def encoder_table(times: dict[str, Any]) -> tuple[str, list[str]]:
             graph = row["graph_ms"]
             replayed = f"{graph:.2f}" if isinstance(graph, float) else "-"
             cells.append(f"{replayed} / {row['eager_ms']:.2f}, {row['peak_mib']:,.0f} MiB")
-            known = name != DENSE and not name.startswith("stock") and isinstance(graph, float)
+            known = name != DENSE and not name.startswith("stock") and FLEX not in name and isinstance(graph, float)
             if known and graph > GOALS_MS.get(n, graph):
                 slow.append(f"{name} {graph:.2f} at {n:,}")
         rows.append([name, *cells])
@@ -145,6 +147,25 @@ def called_text(called: dict[str, Any], patterns: list[str]) -> str:
     )
 
 
+def growing_text(times: dict[str, Any], earlier: list[str]) -> str:
+    """Return what patterns read more with the length, what FlexAttention gets, and which rows are older than the rest."""
+    more = {
+        "compressed": "`compressed` a window for each 16 tokens",
+        "axial": "and `axial` the column of a grid of 256 columns in every other layer",
+    }
+    parts = ["With the length `strided` reads one in 128 keys more, `sparse_transformer` 8 in 128"]
+    text = (
+        ", ".join([*parts, *(each for name, each in more.items() if name in times)]) + ", so that they are not linear."
+    )
+    if any(FLEX in name for name in times):
+        text += "\nFlexAttention gets the blocks of 128 that a mask touches; that of `strided` in its natural order touches all."
+    else:
+        text += " FlexAttention has no encoder here: above it stands beside the kernel."
+    if earlier:
+        text += f" Of an earlier run, with the same versions: {', '.join(earlier)}."
+    return text
+
+
 def series_of_kernel(lengths: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """Return (tokens, microseconds) by line."""
     found: dict[str, dict[int, float]] = {}
@@ -152,7 +173,7 @@ def series_of_kernel(lengths: dict[str, Any]) -> dict[str, list[tuple[int, float
         name, n = key.rsplit(" ", 1)
         for label, time in (
             (name, row["ours 64"]["forward"]),
-            (f"{name}, FlexAttention", row.get("flex", {}).get("forward")),
+            (name + FLEX, row.get("flex", {}).get("forward")),
             (DENSE, row["sdpa"]["forward"]),
         ):
             if isinstance(time, float) and time == time:
@@ -181,31 +202,33 @@ def draw(series: dict[str, list[tuple[int, float]]], title: str, unit: str, targ
     colours: dict[str, str] = {}
     for label, points in series.items():
         xs, ys = zip(*points, strict=True)
-        own = label.removesuffix(", FlexAttention")
+        own = label.removesuffix(FLEX)
         if own not in colours:
-            colours[own] = "black" if own == DENSE else f"C{len(colours)}"
+            colours[own] = "black" if own == DENSE else PALETTE[len(colours) % len(PALETTE)]
         dashed = label != own or label.startswith("stock")
-        axes.plot(xs, ys, "--" if dashed else "-", marker="o", ms=3.5, color=colours[own], label=label)
+        axes.plot(
+            xs, ys, "--" if dashed else "-", marker="os^Dv"[len(colours) % 5], ms=3.5, color=colours[own], label=label
+        )
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
     axes.set_xscale("log", base=2)
     ticks = sorted({n for points in series.values() for n, _ in points})
     axes.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
     axes.set_title(title)
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=1 + (len(series) > 10))
     figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    kernel, encoders = rows_of(folder / "sparse_attention.json"), rows_of(folder / "sparse_encoders.json")
+def page(kernel: dict[str, Any], encoders: dict[str, Any]) -> str:
+    """Return the text of the page, of what the two benchmarks have written."""
     (shapes, verdicts), (layers, slow) = kernel_table(kernel["times"]), encoder_table(encoders["times"])
     first = kernel["first call"]["64 64"]
     at = "4096"
-    ours = [rows[at]["eager_ms"] for name, rows in encoders["times"].items() if name in encoders["check"]]
-    text = TEXT.format(
+    techniques = [name for name in encoders["check"] if name in encoders["times"] and FLEX not in name]
+    ours = [encoders["times"][name][at]["eager_ms"] for name in techniques]
+    return TEXT.format(
         device=kernel["device"],
         torch=kernel["torch"],
         triton=kernel["triton"],
@@ -215,16 +238,19 @@ def main() -> None:
         verdicts="\n".join(verdicts),
         first=first[0],
         first_step=first[1],
-        strided="one in 128",
+        growing=growing_text(encoders["times"], encoders.get("of an earlier run", [])),
         encoders=layers,
         slow=", ".join(slow) or "none",
-        called=called_text(
-            encoders.get("called", {}), [name for name in encoders["check"] if name in encoders["times"]]
-        ),
+        called=called_text(encoders.get("called", {}), techniques),
         eager=f"{min(ours):.1f} to {max(ours):.1f}",
         dense=f"{encoders['times'][DENSE][at]['eager_ms']:.1f}",
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def main(folder: Path) -> None:
+    """Write ``README.md`` and the plots."""
+    kernel, encoders = rows_of(folder / "sparse_attention.json"), rows_of(folder / "sparse_encoders.json")
+    (folder / "README.md").write_text(page(kernel, encoders), encoding="utf-8")
     title = f"Attention of 12 heads x 64, bfloat16, {kernel['device']}"
     draw(series_of_kernel(kernel["lengths"]), title, "microseconds, forward", folder / "sparse_attention.png")
     title = f"Encoders of BERT-base width, 4 layers, bfloat16, {encoders['device']}"
@@ -232,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

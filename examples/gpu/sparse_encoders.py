@@ -3,10 +3,11 @@
     OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/sparse_encoders.py [WORD ...]
 
 An encoder of BERT-base width with 4 layers, random weights, bfloat16, batch 1: with SDPA, converted by each pattern,
-and as stock Longformer (window 512) and BigBird (blocks of 64). Each is first compared with the same model under the
-mask of its pattern, computed densely. Milliseconds of a forward, eager and as a replayed CUDA graph, and peak memory.
-With words, only the sections that have one of them in their names run: ``check``, ``times``, ``called``. ``TINY=1`` runs all of it
-in small.
+with FlexAttention under three masks (``flex_encoders.py``), and as stock Longformer (window 512) and BigBird (blocks of
+64). Each is first compared with the same model under the mask of its pattern, computed densely. Milliseconds of a
+forward, eager and as a replayed CUDA graph, and peak memory. With words, only the sections that have one of them in
+their names run: ``check``, ``times``, ``called``. What is measured is written at once. ``TINY=1`` runs it in small,
+without FlexAttention.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import flex_encoders
 import torch
 from sections import Sections
 from transformers import (
@@ -39,13 +42,13 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 LENGTHS = (256, 512) if TINY else (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 CHECKED = 512 if TINY else 4096
 CALLED = (256, 512) if TINY else (1024, 4096, 16384)
-DENSE_UP_TO, REPEATS = 65536, 3 if TINY else 9
+DENSE_UP_TO, REPEATS, LONGEST_MS = 65536, 3 if TINY else 9, 1000.0
 WIDTH = {"hidden_size": 64, "num_attention_heads": 4} if TINY else {"hidden_size": 768, "num_attention_heads": 12}
 SHAPE = {
     **WIDTH, "intermediate_size": 4 * WIDTH["hidden_size"], "num_hidden_layers": 4, "vocab_size": 1024,
     "max_position_embeddings": LENGTHS[-1] + 8,
 }  # fmt: skip
-DENSE = "dense (SDPA)"
+DENSE, FLEX = "dense (SDPA)", ", FlexAttention"
 # transformers looks at the values of a mask to leave it out, which nothing that is captured can do: then SDPA gets one,
 # and is not the fast one. The dense model is timed with a function that never has a mask.
 AttentionInterface.register("sdpa_without_mask", AttentionInterface()["sdpa"])
@@ -77,6 +80,8 @@ def build(name: str) -> Any:
     model = made.to(DEVICE, DTYPE).eval()
     if name == DENSE:
         model.set_attn_implementation("sdpa_without_mask")
+    if name.endswith(FLEX):
+        flex_encoders.use(model, name.removesuffix(FLEX))
     if name in RECIPES:
         model = hf_optim.optimize(model, [{"technique": name, **RECIPES[name]}])
     return model
@@ -95,12 +100,18 @@ def check() -> dict[str, float]:
         model = build(name)
         hidden = model(ids)[0].float()
         code: Any = sys.modules[type(model).__module__]  # of the model, as a checkpoint brings it
-        code.lists_for, lists_for = lambda *args, **more: None, getattr(code, "lists_for", None)
+        # Without lists of blocks, all is one product under a mask; of ``compressed`` for all queries at once.
+        former = {word: getattr(code, word) for word in ("lists_for", "QUERIES") if hasattr(code, word)}
+        vars(code).update(lists_for=lambda *args, **more: None, QUERIES=CHECKED)
         right = model(ids)[0].float()
-        code.lists_for = lists_for
+        vars(code).update(former)
         found[name] = float((hidden - right).norm() / right.norm())
-        print(f"{name:20s} {found[name]:.1e}", "" if found[name] < 2e-2 else "WRONG", flush=True)
+        if name in flex_encoders.LIKE_A_TECHNIQUE and DEVICE == "cuda":
+            flex = build(name + FLEX)(ids)[0].float()
+            found[name + FLEX] = float((flex - right).norm() / right.norm())
         del model
+    for name, each in found.items():
+        print(f"{name:30s} {each:.1e}", "" if each < 2e-2 else "WRONG", flush=True)
     return found
 
 
@@ -111,8 +122,8 @@ def wait() -> None:
 
 @torch.no_grad()
 def eager_ms(model: Any, ids: torch.Tensor) -> float:
-    times = []
-    for _ in range(REPEATS):
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < LONGEST_MS:
         wait()
         start = time.perf_counter()
         model(ids)
@@ -135,25 +146,31 @@ def graph_ms(model: Any, ids: torch.Tensor) -> float | str:
             model(ids)
         begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(REPEATS)] for _ in range(2))
         graph.replay()
+        times: list[float] = []
         for begin, end in zip(begins, ends, strict=True):
             begin.record()
             graph.replay()
             end.record()
-        wait()
-        return statistics.median(a.elapsed_time(b) for a, b in zip(begins, ends, strict=True))
+            wait()
+            times.append(begin.elapsed_time(end))
+            if sum(times) > LONGEST_MS:
+                break
+        return statistics.median(times)
     except Exception as problem:
         wait()
         return f"{type(problem).__name__}: {str(problem)[:120]}"
 
 
 @torch.no_grad()
-def times() -> dict[str, dict[int, dict[str, Any]]]:
+def times(keep: Callable[[str, Any], None]) -> dict[str, dict[int, dict[str, Any]]]:
     """Milliseconds and peak MiB of a forward by model and length."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for name in (DENSE, *RECIPES, "stock Longformer", "stock BigBird"):
+    flex = [each + FLEX for each in flex_encoders.MASKS] if DEVICE == "cuda" else []
+    for name in (DENSE, *RECIPES, "stock Longformer", "stock BigBird", *flex):
         model, rows = build(name), {}
-        for length in LENGTHS:
-            if length > DENSE_UP_TO and name not in RECIPES:
+        for length in flex_encoders.LENGTHS if name in flex else LENGTHS:
+            linear = name in RECIPES or name.removesuffix(FLEX) in flex_encoders.LINEAR
+            if length > DENSE_UP_TO and not linear:
                 continue
             ids, row = ids_of(length), {}
             try:
@@ -174,6 +191,7 @@ def times() -> dict[str, dict[int, dict[str, Any]]]:
                 row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
             rows[length] = row
         found[name] = rows
+        keep("times", found)
         shown = (
             f"{n // 1024}k {r['eager_ms']:.2f}/{r['graph_ms'] if not isinstance(r['graph_ms'], float) else round(r['graph_ms'], 2)}"
             f" {r.get('peak_mib', 0):.0f}M" if "failed" not in r else f"{n // 1024}k {r['failed'][:60]}"
@@ -186,7 +204,7 @@ def times() -> dict[str, dict[int, dict[str, Any]]]:
 
 
 @torch.no_grad()
-def called() -> dict[str, dict[int, dict[str, Any]]]:
+def called(keep: Callable[[str, Any], None]) -> dict[str, dict[int, dict[str, Any]]]:
     """Milliseconds of calls of a model, and of ``hf_optim.captured`` of it, with the distance of their results."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in (DENSE, *RECIPES):
@@ -203,6 +221,7 @@ def called() -> dict[str, dict[int, dict[str, Any]]]:
             except Exception as problem:
                 row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
             found[name][length] = row
+            keep("called", found)
             print(f"{name:20s} {length:6,}", row, flush=True)
         del model, forward
         gc.collect()
@@ -212,8 +231,8 @@ def called() -> dict[str, dict[int, dict[str, Any]]]:
 def main() -> None:
     section = Sections("sparse_encoders.json")
     section("check")(check)
-    section("times")(times)
-    section("called")(called)
+    section("called")(lambda: called(section.keep))
+    section("times")(lambda: times(section.keep))
 
 
 if __name__ == "__main__":

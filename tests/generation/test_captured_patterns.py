@@ -178,3 +178,34 @@ def test_steps_run_on_the_decode_kernel(name, family):
     assert torch.equal(found.sequences, stock.sequences)
     for ours, theirs in zip(found.logits, stock.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_steps_under_adaptive_spans_are_captured(fixed, heads):
+    """Each group of heads has slots of its own, and the ramp of a span counts there, too."""
+    torch.manual_seed(1)
+    model = tiny_llama(num_key_value_heads=heads, max_position_embeddings=512).double()
+    model = hf_optim.optimize(model, [{"technique": "adaptive_span", "ramp": 4, "max_span": 128}]).eval()
+    shares = [[0.0, 1.0, 0.2, 0.16], [0.05, 0.1, 0.01, 0.02]]
+    with torch.no_grad():
+        for layer, own in zip(model.model.layers, shares, strict=True):
+            layer.self_attn.span.z.copy_(torch.tensor(own))
+    if fixed:
+        model.fix_spans()
+    given = settings(30, output_logits=True)
+    with simulated_graphs() as graphs:
+        found = generated(model, given, mode="captured")
+        assert len(graphs.captured) == 1
+    stock = model.generate(IDS, return_dict_in_generate=True, **given)
+    assert torch.equal(found.sequences, stock.sequences)
+    found = generated(model, given)  # with the norms of transformers, whose rounding a captured step has not
+    assert torch.equal(found.sequences, stock.sequences)
+    for ours, theirs in zip(found.logits, stock.logits, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-6)
+    mask = torch.cat([MASK, torch.ones(3, 30, dtype=torch.long)], 1)
+    more = {**settings(7), "attention_mask": mask, "return_dict_in_generate": True}
+    whole = model.generate(found.sequences, use_cache=False, **more).sequences
+    for mode in ("eager", "stock"):
+        held = {CACHE: copy.deepcopy(found[CACHE])}
+        assert torch.equal(hf_optim.generate(model, found.sequences, mode=mode, **held, **more).sequences, whole), mode

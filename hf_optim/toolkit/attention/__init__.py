@@ -25,6 +25,7 @@ from . import (
     lsh_places,
     model_caches,
     pattern,
+    pattern_models,
     reversible_layers,
     row_state,
     rows,
@@ -33,25 +34,17 @@ from . import (
     state_cache,
     terms,
 )
-from .attachment import (
-    FIELD,
-    Attachment,
-    PatternConfig,
-    PatternModel,
-    PreparedModel,
-    number_layers,
-    read_mask,
-    require_all_keys,
-    require_no_weights,
-    with_bias,
-)
-from .attend import HeadPatterns, masked_attention, seen_mask
+from .attached import attach_again, detach
+from .attachment import FIELD, Attachment, read_mask, require_all_keys, with_bias
+from .attend import HeadPatterns, attend_lists, constant_on, lists_for, masked_attention, seen_mask
+from .block_mask import block_mask
 from .blocked import DistanceBias
 from .cached_tokens import most_seen, patterns_of, tokens_kept
 from .caches import PatternLayer, slots_for
 from .dense_attention import dense_product
 from .distance_bias import attend_biased, nearest_keys
-from .fixed_cache import FixedLayer, Slots
+from .fixed_cache import FixedGroupsLayer, FixedLayer, Slots
+from .flash_cpu import Source
 from .global_models import (
     GlobalAttachment,
     GlobalTokensModel,
@@ -70,6 +63,14 @@ from .lsh_layer import LshAttachment, NoKeys, drop_key_projections
 from .lsh_places import BUCKET, MOST_BUCKETS, PAPER, TRAX, LshScheme
 from .model_caches import call_uncompiled
 from .pattern import Pattern, visible
+from .pattern_models import (
+    PatternConfig,
+    PatternModel,
+    PreparedModel,
+    is_detached,
+    number_layers,
+    require_no_weights,
+)
 from .proof import (
     Called,
     ProbedCall,
@@ -103,7 +104,7 @@ from .terms import Band, Chunks, Columns, GlobalTokens, Segments, ShiftedChunks,
 # Modules whose source is stored with a checkpoint, each before those that import from it.
 STORED = (
     remote_code_guard, terms, pattern, layout, blocked, dense_attention, flash_plan, flash_cpu, rows, attend, kept,
-    caches, model_caches, settings, mixed_classes, attachment,
+    caches, model_caches, settings, mixed_classes, attachment, pattern_models,
 )  # fmt: skip
 GLOBAL_TOKENS = (global_tokens, global_models)  # in addition, of techniques with global tokens
 LEARNED = (row_state, state_cache, learned)  # in addition, of attention with learned parts and a state
@@ -140,6 +141,7 @@ __all__ = [
     "Chunks",
     "Columns",
     "DistanceBias",
+    "FixedGroupsLayer",
     "FixedLayer",
     "GlobalAttachment",
     "GlobalTokens",
@@ -169,6 +171,7 @@ __all__ = [
     "Segments",
     "ShiftedChunks",
     "Slots",
+    "Source",
     "Spans",
     "StateLayer",
     "TensorState",
@@ -176,17 +179,22 @@ __all__ = [
     "add_parts",
     "add_streams",
     "arguments_of",
+    "attach_again",
     "attachment",
     "attend",
     "attend_biased",
+    "attend_lists",
     "attend_to_set",
     "attends_to_the_far_end",
     "attentions",
+    "block_mask",
     "branch_of",
     "call_uncompiled",
     "chosen",
+    "constant_on",
     "context_length",
     "dense_product",
+    "detach",
     "differ_by_row",
     "draw_rotations",
     "drop_key_projections",
@@ -196,9 +204,11 @@ __all__ = [
     "hidden_states",
     "initialize_part",
     "is_causal",
+    "is_detached",
     "kept_attention",
     "layers_with",
     "layout_of",
+    "lists_for",
     "lsh_attention",
     "lsh_chunks",
     "lsh_flash",

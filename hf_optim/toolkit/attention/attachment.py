@@ -1,4 +1,4 @@
-"""Patterns in transformers: an attention function and a mask of the same name, and the classes of such a model.
+"""Patterns in transformers: an attention function and a mask of the same name.
 
 A technique makes one ``Attachment``, with the name of the implementation and the function that builds the patterns of a
 layer from the settings in the configuration. transformers has the padding of a batch only where masks are made, so the
@@ -10,22 +10,21 @@ This file is stored beside checkpoints, so it imports only torch and transformer
 from __future__ import annotations
 
 import json
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedConfig
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
-from ..modules.remote_code_guard import RefusedByStock
 from .attend import HeadPatterns, attend
-from .caches import PatternLayer
 from .kept import Kept
-from .model_caches import call_with_cache, with_pattern_layers
 from .pattern import Pattern
 from .rows import SEGMENTS, UNWRITTEN, Rows
 from .settings import ReadSettings, wholes
@@ -45,12 +44,14 @@ class Attachment:
         check: ``check(settings, context)`` raises ``ValueError`` if the settings do not fit a model that reads at most
             ``context`` tokens; None: any that ``build`` takes fit.
         by_layer: ``by_layer(settings)`` returns the names of lists that have one entry for each layer, or one for all.
+        users: models that compute by it.
     """
 
     name: str
     build: Builder
     check: Callable[[Mapping[str, Any], int], None] | None = None
     by_layer: Callable[[Mapping[str, Any]], Sequence[str]] = lambda settings: ()
+    users: WeakSet[nn.Module] = field(default_factory=WeakSet, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Checkpoints bring their code, of the version that wrote them: each module has a name of its own, so that none
@@ -70,6 +71,24 @@ class Attachment:
         """Remove both again."""
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(self.name, None)
+
+    def use(self, model: nn.Module) -> None:
+        """Register both for a model, until it is released or deleted."""
+        if model not in self.users:
+            # Callbacks of weak references run from the latest to the first: the set forgets a model before this looks.
+            weakref.finalize(model, self._collect).atexit = False
+            self.users.add(model)
+        if self.name not in AttentionInterface._global_mapping:
+            self.register()
+
+    def release(self, model: nn.Module) -> None:
+        """Say that a model computes by them no longer; the last one that did takes both out of the registries."""
+        self.users.discard(model)
+        self._collect()
+
+    def _collect(self) -> None:
+        if not self.users:
+            self.unregister()
 
     def patterns(self, config: Any, layer: int, heads: int, causal: bool) -> HeadPatterns:
         """Return the patterns of a layer. Raises ``ValueError`` for settings that make none."""
@@ -314,85 +333,3 @@ def _leaves(function: Any) -> Iterator[Any]:
             yield from _leaves(inner)
     else:
         yield None
-
-
-class PatternConfig(RefusedByStock):
-    """Mixin of a configuration whose model computes a pattern, whatever implementation a caller asks for.
-
-    Stock classes refuse the configuration. Subclasses set ``implementation``.
-    """
-
-    implementation = ""
-
-    @property
-    def _attn_implementation(self) -> str | None:
-        return None if self._attn_implementation_internal is None else type(self).implementation
-
-    @_attn_implementation.setter
-    def _attn_implementation(self, value: Any) -> None:
-        PreTrainedConfig._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
-
-
-def number_layers(model: nn.Module) -> None:
-    """Give attention modules without a number of their layer (ViT) one, in their order."""
-    found = [module for module in model.modules() if hasattr(module, "is_causal")]
-    if found and all(getattr(module, "layer_idx", None) is None for module in found):
-        for index, module in enumerate(found):
-            module.layer_idx = index  # type: ignore[assignment]
-
-
-def require_no_weights(model: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if a forward is asked for attention weights."""
-    asked = kwargs.get("output_attentions")
-    if getattr(model.config, "output_attentions", False) if asked is None else asked:
-        raise ValueError("attention under a pattern does not form weights: leave output_attentions out")
-
-
-class PreparedModel:
-    """Mixin of a model class, first among its bases: settings are checked, and modules of attention prepared."""
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        function = AttentionInterface._global_mapping.get(getattr(type(config), "implementation", ""))
-        # Not an ``isinstance``: code that came with a checkpoint has a class of its own for attachments.
-        require_settings = getattr(getattr(function, "__self__", None), "require_settings", None)
-        if require_settings is not None:
-            require_settings(config)
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self.set_up_attention()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        require_no_weights(self, kwargs)
-        return self.call_prepared(args, kwargs)
-
-    def call_prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model, of which attention weights are not asked."""
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-    def set_up_attention(self) -> None:
-        """Prepare modules of attention: when the model is built, and when a model gets this class."""
-        number_layers(self)  # type: ignore[arg-type]
-
-
-class PatternModel(PreparedModel):
-    """Mixin of a model class, first among its bases: its caches hold only the keys that later tokens see.
-
-    Attributes:
-        cache_layer: class of the layers of its caches.
-    """
-
-    cache_layer: Any = PatternLayer
-
-    def call_prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return call_with_cache(self, args, kwargs)
-
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        # Before the first forward: assisted decoding asks the layers at once to record what it may take back.
-        found = super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
-        given = (*args, *kwargs.values())
-        recording = any(getattr(part, "is_assistant", False) for part in given)
-        for part in given:
-            for cache in part.values() if isinstance(part, dict) else ():
-                if isinstance(cache, Cache):
-                    layers = self.config.num_hidden_layers  # type: ignore[attr-defined]
-                    with_pattern_layers(cache, layers, recording, self.cache_layer)
-        return found

@@ -27,6 +27,7 @@ from .pattern import Pattern
 from .rows import Apart, Rows
 
 KERNEL = "hf_optim_kernels.sparse_attention.op"  # where it is installed
+CONSTANTS = 1024  # that are kept on devices
 SHORTEST = 256  # rows below are computed densely
 LARGEST_SHARE = 0.5  # of the blocks; patterns that see more are computed densely
 
@@ -42,6 +43,16 @@ class HeadPatterns:
 
     patterns: tuple[Pattern, ...]
     heads: tuple[int, ...]
+
+    def __hash__(self) -> int:  # once: layers look up by it in every call
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = hash((self.patterns, self.heads))
+            object.__setattr__(self, "_hash", found)
+        return int(found)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # strings have other hashes in other processes
+        return HeadPatterns, (self.patterns, self.heads)
 
     @classmethod
     def of(cls, patterns: Sequence[Pattern], heads: int) -> HeadPatterns:
@@ -153,7 +164,7 @@ def parts_of(
     for part in source.lists:
         out, sums = product(query, source.key, source.value, part, scale, segments, source.segments, **extra)
         if part.shift is not None:  # pairs that count several times have a larger sum of exponentials
-            sums = sums + torch.tensor(part.shift, dtype=sums.dtype, device=sums.device)[:, None]
+            sums = sums + constant_on(part.shift, sums.device, sums.dtype)[:, None]
         parts.append((out, sums))
     return parts
 
@@ -168,6 +179,26 @@ def bias_of_pairs(bias: DistanceBias, count: int, length: int, rows: Rows | None
         key = rows.positions()
         query = key[:, start : start + count]
     return bias(query[:, :, None] - key[:, None, :], None).transpose(0, 1)
+
+
+_constants: dict[tuple[Any, torch.device, torch.dtype], Tensor] = {}
+
+
+def constant_on(numbers: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return numbers as a tensor, made at the first call: later ones, and captured steps, copy nothing from the host.
+
+    It must not be changed.
+    """
+    key = numbers, device, dtype
+    found = _constants.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # a gradient may need it later
+            found = torch.tensor(numbers, dtype=dtype, device=device)
+        if type(found) is Tensor and not found.is_meta:  # not one without values, of a model that is analysed
+            while len(_constants) >= CONSTANTS:
+                _constants.pop(next(iter(_constants)))
+            _constants[key] = found
+    return found
 
 
 def alike(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -220,11 +251,17 @@ def lists_for(query: Tensor, heads: HeadPatterns, length: int, way: str) -> tupl
     """Return the lists that attention under ``heads`` is computed by; None to compute densely."""
     if way == "dense" or heads.is_full(length) or (way == "auto" and length < SHORTEST):
         return None
-    found = layouts(heads.patterns, heads.heads, length, BLOCK, query.device)
-    # A dense product with a mask computes the blocks behind the query, too.
-    whole = len(heads.patterns) * (-(-length // BLOCK)) ** 2
-    share = sum(part.entries for part in found) / whole
+    found, share = _lists(heads, length, query.device)
     return None if way == "auto" and share > LARGEST_SHARE else found
+
+
+@lru_cache(maxsize=256)
+def _lists(heads: HeadPatterns, length: int, device: torch.device) -> tuple[tuple[Layout, ...], float]:
+    """Return the lists of blocks, and their share of those that a dense product with a mask computes, also behind the
+    query.
+    """
+    found = layouts(heads.patterns, heads.heads, length, BLOCK, device)
+    return found, sum(part.entries for part in found) / (len(heads.patterns) * (-(-length // BLOCK)) ** 2)
 
 
 @lru_cache(maxsize=1)
@@ -296,8 +333,9 @@ def weight_bias(heads: HeadPatterns, count: int, length: int, rows: Rows | None,
     for index in range(max(len(pattern.repeats) for pattern in heads.patterns)):
         each = [pattern.repeats[index : index + 1] for pattern in heads.patterns]
         terms = tuple(Pattern(tuple(term for term, _ in own)) for own in each)
-        times = torch.tensor([own[0][1] if own else 0 for own in each], device=query.device)[:, None, None]
-        own = times if len(terms) == 1 else times[list(heads.heads)]
+        often = tuple(own[0][1] if own else 0 for own in each)
+        of_heads = often if len(terms) == 1 else tuple(often[head] for head in heads.heads)
+        own = constant_on(of_heads, query.device)[:, None, None]
         total = total + seen_mask(HeadPatterns(terms, heads.heads), count, length, rows, query.device) * own
     return torch.log1p(total.to(torch.promote_types(query.dtype, torch.float32))).to(query.dtype)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .attachment import FIELD
 from .attend import HeadPatterns
 from .kept import NO_LIMIT
+from .pattern_models import is_detached
 
 NEVER = NO_LIMIT  # no later token is the first that does not see a key
 
@@ -58,13 +59,14 @@ def patterns_of(config: Any) -> list[HeadPatterns] | None:
     """
     from transformers import AttentionInterface
 
-    if getattr(config, FIELD, None) is None:
+    if getattr(config, FIELD, None) is None or is_detached(config):
         return None
-    name = getattr(type(config), "implementation", "") or config._attn_implementation
-    found = AttentionInterface().get(name)
-    attachment = getattr(found, "__self__", None)
-    if attachment is None:
-        raise ValueError(f"the attention pattern {str(name)[:40]!r} is not registered: load the model first")
+    attachment = getattr(type(config), "attachment", None)
+    if attachment is None:  # of a model of a stock class
+        name = config._attn_implementation
+        attachment = getattr(AttentionInterface().get(name), "__self__", None)
+        if attachment is None:
+            raise ValueError(f"the attention pattern {str(name)[:40]!r} is not registered: load the model first")
     if not getattr(attachment, "counts_keys", True):
         raise ValueError("a cache of this model holds more than keys of tokens: ask its layers for nbytes()")
     layers, heads = config.num_hidden_layers, config.num_attention_heads

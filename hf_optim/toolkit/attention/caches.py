@@ -71,6 +71,7 @@ class PatternLayer(DynamicLayer):
         record_past: keys are dropped only by ``crop``, since tokens may be taken back.
     """
 
+    made_for_a_technique = True  # other attention must not read it
     holds_visible_keys = True  # classes of the same source, loaded with checkpoints, know each other by it
     keys: Any
     values: Any

@@ -9,6 +9,7 @@ This file is stored beside checkpoints, so it imports only torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from torch import Tensor
@@ -37,6 +38,11 @@ class RampBias(Protocol):
 
 def nearest_keys(counts: Sequence[int], causal: bool) -> HeadPatterns:
     """Return for each head the pattern of its ``counts`` nearest keys on a side, the query among them."""
+    return _nearest_keys(tuple(counts), causal)
+
+
+@lru_cache(maxsize=1024)
+def _nearest_keys(counts: tuple[int, ...], causal: bool) -> HeadPatterns:
     one = [Pattern((Band(count - 1, 0 if causal else count - 1),), causal) for count in counts]
     return HeadPatterns.of(one, len(one))
 

@@ -8,6 +8,7 @@ from the positions of the keys in the slots. Layers with the same patterns share
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .attend import HeadPatterns
+from .blocked import DistanceBias
 from .cached_tokens import expiries, most_seen, tokens_kept
 from .caches import HeldKeys, PatternLayer
+from .head_caches import Groups, of_group
 from .kept import GATHERED_SHARE, NO_LIMIT, grouped_product, take_tokens
 from .rows import Rows
 
@@ -66,6 +69,7 @@ class Slots:
         self._seen: Tensor | None = None
         self._index: Tensor | None = None
         self._ranges: Tensor | None = None
+        self._away: Tensor | None = None
 
     def state(self) -> list[Tensor]:
         """Return the tensors that a step changes."""
@@ -91,7 +95,7 @@ class Slots:
         self.positions.scatter_(1, self.slot, self.position)
         self._until.scatter_(1, self.slot, self._expires[self.position.clamp_max(self.length - 1)])
         seen = self._sees()
-        self._index = self._ranges = None
+        self._index = self._ranges = self._away = None
         if self.width <= GATHERED_SHARE * self.count:
             read = seen.flatten(1, 2).any(1)
             place = torch.where(read, read.cumsum(1) - 1, self.width)  # those that are not read go to the last column
@@ -103,6 +107,13 @@ class Slots:
         self._seen = seen
         self.position.add_(1)
 
+    def _distances(self) -> Tensor:
+        """Return how far the keys that are read lie behind the query, int64 ``[rows, 1, keys]``."""
+        if self._away is None:
+            held = self.positions if self._index is None else self.positions.gather(1, self._index)
+            self._away = (self.position - 1 - held)[:, None, :]
+        return self._away
+
     def _sees(self) -> Tensor:
         """Return which slots each head sees in this step, bool ``[rows, H or 1, 1, slots]``."""
         query, key = self.position[:, :, None], self.positions[:, None, :]
@@ -112,7 +123,7 @@ class Slots:
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, rows: Rows | None, mask: Tensor | None,
-        dropout: float,
+        dropout: float, bias: DistanceBias | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the attention of the step's queries ``[B, H, 1, D]`` over the slots of a layer; see ``Kept.attend``.
 
@@ -127,6 +138,9 @@ class Slots:
         assert self._seen is not None
         if self._index is not None:
             key, value = take_tokens(key, self._index), take_tokens(value, self._index)
+        if bias is not None:
+            added = bias(self._distances(), None).transpose(0, 1)
+            return grouped_product(query, key, value, self._seen, added, scale, 0.0)
         op = _kernel()
         if op is None or op.unsupported(query, key, value, self._seen) or not op.can_run_triton(query):
             return grouped_product(query, key, value, self._seen, None, scale, 0.0)
@@ -137,7 +151,7 @@ class Slots:
 
 
 class FixedLayer(DynamicLayer):
-    """The keys and values of a layer in slots, at addresses that do not change.
+    """The keys and values of a layer, or of some of its heads, in slots, at addresses that do not change.
 
     To the model it looks like a cache without earlier tokens: positions are passed by the caller, and there is no mask.
 
@@ -190,6 +204,50 @@ class FixedLayer(DynamicLayer):
         gone = (index < 0)[:, None, :, None]
         keys, values = (take_tokens(part, index.clamp_min(0)) for part in (self.keys, self.values))
         return keys.masked_fill(gone, 0), values.masked_fill(gone, 0)
+
+    def get_seq_length(self) -> int:
+        """Return 0: no mask covers the tokens in the slots."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the sizes of a mask of the new tokens alone."""
+        return query_length, 0
+
+
+class FixedGroupsLayer(DynamicLayer):
+    """The keys and values of a layer by groups of heads, each in slots of its own: see ``HeadGroupsLayer``.
+
+    Attributes:
+        parts, groups: one layer for each group of key/value heads.
+        fresh: False: there are earlier tokens.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    fresh = False
+
+    def __init__(self, parts: list[FixedLayer], groups: Groups) -> None:
+        super().__init__()
+        self.parts, self.groups = parts, groups
+        self.lazy_initialization(parts[0].keys, parts[0].values)
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the key and value ``[rows, G, 1, D]`` of a new token, which the attention function then takes."""
+        self._new = key_states, value_states
+        return HeldKeys.of(key_states, self), value_states  # type: ignore[arg-type]
+
+    def take(self, groups: Groups) -> Iterator[tuple[FixedLayer, Tensor, Tensor]]:
+        """Give the new token to the parts, and yield each with the keys and values of all its slots.
+
+        Raises ``ValueError`` if the cache has other groups.
+        """
+        if groups != self.groups or self._new is None:
+            raise ValueError("the slots of this cache are those of other groups of heads")
+        (key, value), self._new = self._new, None
+        for part, group in zip(self.parts, groups, strict=True):
+            keys, values = part.update(of_group(key, group, groups), of_group(value, group, groups))
+            yield part, keys.plain(), values  # type: ignore[attr-defined]
 
     def get_seq_length(self) -> int:
         """Return 0: no mask covers the tokens in the slots."""

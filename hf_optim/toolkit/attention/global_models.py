@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.mixed_classes import mixed
-from .attachment import FIELD, Attachment, Builder, PatternModel
+from .attachment import FIELD, Attachment, Builder
 from .attend import HeadPatterns
 from .global_tokens import BatchGlobals, Pieces, attend_globally
 from .pattern import Pattern
+from .pattern_models import PatternModel, is_detached
 from .rows import Rows
 from .settings import flag, whole, wholes
 from .terms import GlobalTokens
@@ -175,6 +176,9 @@ def finding_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def found(self: Any, *args: Any, global_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         settings = getattr(self.config, FIELD, None) or {}
+        if is_detached(self.config):  # every token sees all
+            kwargs.pop(ARRIVED, None)
+            return forward(self, *args, **kwargs)
         if getattr(self, "base_model", self) is not self:
             if global_attention_mask is None:
                 return forward(self, *args, **kwargs)
@@ -226,6 +230,13 @@ class PassingInput:
 
 class GlobalTokensModel(FindingTokens, PatternModel):
     """Mixin of a model class with global tokens, first among its bases. ``forward`` takes ``global_attention_mask``."""
+
+    def why_not_captured(self) -> str:
+        settings = getattr(self.config, FIELD, None) or {}  # type: ignore[attr-defined]
+        if self.has_stock_attention or not differ_by_row(settings):
+            return ""
+        which = "have projections of their own" if has_own_projections(settings) else "are chosen by id"
+        return f"its global tokens {which}, and the host finds them in each batch"
 
     def set_up_attention(self) -> None:
         super().set_up_attention()

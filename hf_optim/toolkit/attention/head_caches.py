@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .attend import constant_on
 from .caches import HeldKeys, PatternLayer
 
 Groups = tuple[tuple[int, ...], ...]  # of key/value heads
@@ -38,6 +38,7 @@ class HeadGroupsLayer(DynamicLayer):
         parts: one layer for each group; while they are not known, at most one of all heads.
     """
 
+    made_for_a_technique = True
     holds_visible_keys = True
     is_sliding = False
     is_compileable = False
@@ -92,7 +93,7 @@ class HeadGroupsLayer(DynamicLayer):
         elif self.groups != groups:
             raise ValueError("the cache holds the keys that other spans see: start a new one")
         for part, group in zip(self.parts, groups, strict=True):
-            keys, values = part.update(_of(key, group, groups), _of(value, group, groups))
+            keys, values = part.update(of_group(key, group, groups), of_group(value, group, groups))
             yield part, keys.plain(), values  # type: ignore[attr-defined]
 
     def _split(self, groups: Groups) -> None:
@@ -102,7 +103,7 @@ class HeadGroupsLayer(DynamicLayer):
             part = PatternLayer()
             if whole is not None:
                 held = DynamicLayer()
-                held.update(_of(whole.keys, group, groups), _of(whole.values, group, groups))
+                held.update(of_group(whole.keys, group, groups), of_group(whole.values, group, groups))
                 part.adopt(held)
             if self.record_past:
                 part.activate_past_recording()
@@ -111,6 +112,11 @@ class HeadGroupsLayer(DynamicLayer):
     def settle(self, *args: Any) -> None:
         """Raise ``ValueError``: an attention function that has no groups of heads was called."""
         raise ValueError("the cache holds keys by groups of heads, for another attention: start a new one")
+
+    @property
+    def fresh(self) -> bool:
+        """True before the first tokens: all keys are those of the running forward."""
+        return self.get_seq_length() == 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and the offset of the mask: it covers all tokens, also those that are dropped."""
@@ -172,5 +178,6 @@ class HeadGroupsLayer(DynamicLayer):
         self._each(PatternLayer.prefetch)
 
 
-def _of(part: Tensor, group: tuple[int, ...], groups: Groups) -> Tensor:
-    return part if len(groups) == 1 else part[:, torch.tensor(group, device=part.device)]
+def of_group(part: Tensor, group: tuple[int, ...], groups: Groups) -> Tensor:
+    """Return the heads of a group of ``[B, G, N, D]``."""
+    return part if len(groups) == 1 else part.index_select(1, constant_on(group, part.device))

@@ -165,10 +165,10 @@ class Kept:
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, rows: Rows | None, mask: Tensor | None,
-        dropout: float,
+        dropout: float, bias: DistanceBias | None = None,
     ) -> Tensor:  # fmt: skip
         """Return ``kept_attention`` over these tokens."""
-        return kept_attention(query, key, value, self, scale, rows, mask, dropout)
+        return kept_attention(query, key, value, self, scale, rows, mask, dropout, bias)
 
     def _located(self, rows: Rows | None) -> tuple[Tensor, Tensor]:
         """Return the position of each held token in its row without padding, and True where there is one."""

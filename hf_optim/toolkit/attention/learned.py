@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from ..modules.mixed_classes import mixed
-from .attachment import FIELD, Attachment, PatternConfig, PreparedModel, number_layers
+from .attachment import FIELD, Attachment
 from .model_caches import call_uncompiled
 from .pattern import Pattern
+from .pattern_models import PatternConfig, PreparedModel, number_layers
 from .row_state import Call, NewTokens, TensorState
 from .rows import SEGMENTS
 from .state_cache import HoldsState, StateLayer
@@ -165,7 +165,7 @@ def add_parts(model: nn.Module, attachment: LearnedAttachment, settings: Mapping
 
 
 class LearnedConfig(PatternConfig):
-    """Base of the configuration classes. A subclass sets ``implementation``."""
+    """Base of the configuration classes. A subclass sets ``attachment``."""
 
 
 class LearnedModel(PreparedModel):
@@ -178,8 +178,7 @@ class LearnedModel(PreparedModel):
         super().__init__(config, *args, **kwargs)
         settings = getattr(config, FIELD, None)
         if settings is not None:
-            function: Any = AttentionInterface._global_mapping[type(config).implementation]
-            add_parts(self, function.__self__, settings)  # type: ignore[arg-type]
+            add_parts(self, type(config).attachment, settings)  # type: ignore[arg-type]
 
     def call_prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_uncompiled(self, args, kwargs)

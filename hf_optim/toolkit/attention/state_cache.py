@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from .pattern_models import is_detached
 from .row_state import TensorState
 
 
@@ -27,6 +28,7 @@ class StateLayer(DynamicLayer):
     """
 
     is_sliding = False
+    made_for_a_technique = True
     is_compileable = False
     is_croppable = False
 
@@ -123,7 +125,7 @@ class HoldsState(nn.Module):
     """Mixin of an attention module whose caches hold its state."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        if not self.training and not is_detached(getattr(self, "config", None)):
             hold_state(self, (*args, *kwargs.values()))
         return super().forward(*args, **kwargs)
 

@@ -9,7 +9,7 @@ This file is stored beside checkpoints, so it imports only torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,10 @@ class Term:
             length: number of tokens in the row.
         """
         raise NotImplementedError
+
+    def traceable(self, length: int, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return ``sees`` in rows of one length, for compilers: what it looks up is made before."""
+        return lambda query, key: self.sees(query, key, length)
 
     def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
         """Return spans of key places that hold every key of a run of queries; they may hold more.

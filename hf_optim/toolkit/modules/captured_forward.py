@@ -23,6 +23,7 @@ from .fingerprint import fingerprint
 
 KEPT, REMEMBERED = 16, 256  # graphs; sizes that are remembered as met once
 MASK = "attention_mask"
+READ_BY_HOST = ("global_attention_mask",)  # the host finds marked tokens, of which there are others in each batch
 
 
 @dataclass(eq=False)
@@ -84,6 +85,8 @@ class CapturedForward:
             if not bool(mask.all()):
                 return self.model(**given)  # padding is read by the host
             given = {**given, MASK: None}
+        if any(given.get(name) is not None for name in READ_BY_HOST):
+            return self.model(**given)
         tensors = _tensors(given)
         sizes = tuple((name, each.dtype, each.device, each.shape) for name, each in tensors.items())
         others = {name: value for name, value in given.items() if name not in tensors}
@@ -160,9 +163,10 @@ def captured(model: nn.Module) -> CapturedForward:
     For models that read whole inputs, encoders foremost, in evaluation mode and without gradients. Sizes that are met a
     second time are captured, and the result is held against that of the launches before it is trusted; up to 16 graphs
     share their memory. Values of weights may change; other weights, classes, settings, adapters or hooks are noticed
-    before a result is returned. Batches with padding, gradients, autocast, and whatever is not on a GPU run as the
-    model does; what cannot be captured (a cache in the output, hooks inside of the model, several devices, global
-    tokens by id) does so from then on, with one warning. The model itself is not changed.
+    before a result is returned. Batches with padding or with a ``global_attention_mask``, gradients, autocast,
+    and whatever is not on a GPU run as the model does; what cannot be captured (a cache in the output, hooks inside of
+    the model, several devices, global tokens by id or with projections of their own) does so from then on, with one
+    warning. The model itself is not changed.
 
     Args:
         model: in evaluation mode.

@@ -55,6 +55,8 @@ def why_not(model: nn.Module) -> str:
         return f"its weights are on several devices ({', '.join(sorted(map(str, devices)))})"
     if has_global_hooks():
         return "there are hooks of all modules, which a replay does not call"
+    if hasattr(model, "why_not_captured") and (reason := model.why_not_captured()):  # type: ignore[operator]
+        return reason
     for name, module in model.named_modules():
         if module is not model and (module._forward_hooks or module._forward_pre_hooks):
             return f"{name} has hooks, which a replay does not call"

@@ -7,6 +7,7 @@ A "layer of ``N`` outputs and ``K`` inputs" is attention of ``N / 64`` heads of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from ..common import benchmark
 from ..common.benchmark import Contender
+from ..common.tuner import Tunable, with_config
 from . import op
 from .naive import Layout
+from .tiles import FORWARD, KEYS, QUERIES, guessed, padded
 
 BLOCK, HEAD = 64, 64
 MATH = "bfloat16"
@@ -44,6 +47,62 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
             "scaled_dot_product_attention", dense, moved, 2 * heads * size * M * (M + 1), whole, MATH, dense=True
         ),
     ]
+
+
+def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
+    """Return the forward of a causal window, and its gradients: tiles by block and head, for all layouts."""
+    size = math.gcd(N, HEAD)
+    return [_tunable(direction, N // size, size, K, dtype) for direction in (FORWARD, QUERIES, KEYS)]
+
+
+def _tunable(direction: str, heads: int, size: int, window: int, dtype: torch.dtype) -> Tunable:
+    name = f"sparse_attention_{direction}"
+
+    def run(x: Tensor, layout: Layout) -> Tensor:
+        query, key, value = (one[None] for one in x)
+        if direction == FORWARD:
+            return _sparse(query, key, value, layout, size**-0.5)
+        query, key, value = held = tuple(one.detach().requires_grad_() for one in (query, key, value))
+        with torch.enable_grad():
+            out = op.sparse_attention(query, key, value, layout, size**-0.5)[0]
+        grads = torch.autograd.grad(out, held, torch.ones_like(out))
+        return torch.stack(grads[:1] if direction == QUERIES else grads[1:])
+
+    def calls(x: Tensor, config: dict[str, int]) -> list[Callable[[], Tensor]]:
+        layout = causal_window(heads, x.shape[2], window, x.device)
+        return [with_config(name, config, partial(run, one, layout)) for (one,) in benchmark.copies_of((x,))]
+
+    def reference(x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[2], device=x.device)
+        seen = (at <= at[:, None]) & (at > at[:, None] - window)
+        held = [one[None].double().requires_grad_() for one in x]
+        with torch.enable_grad():
+            scores = (held[0] @ held[1].mT * size**-0.5).masked_fill(~seen, float("-inf"))
+            out = scores.softmax(-1) @ held[2]
+            grads = torch.autograd.grad(out.sum(), held) if direction != FORWARD else ()
+        if direction == FORWARD:
+            return _rows(out.detach())
+        return torch.stack(grads[:1] if direction == QUERIES else grads[1:])
+
+    def candidates(rows: int) -> list[dict[str, int]]:
+        first = guessed(direction, BLOCK, padded(size), dtype)._asdict()
+        every = [
+            {"step": step, "warps": warps, "stages": stages, "registers": registers}
+            for step in (16, 32, 64) for warps in (4, 8) for stages in (1, 2, 3, 4) for registers in (0, 128)
+        ]  # fmt: skip
+        return [first, *(each for each in every if each != first)]
+
+    return Tunable(
+        op=name,
+        shape=(BLOCK, padded(size), padded(size)),
+        dtype=dtype,
+        inputs=lambda rows: torch.randn(3, heads, rows, size, device=benchmark.device()).to(dtype),
+        calls=calls,
+        candidates=candidates,
+        reference=reference,
+        any_rows=True,
+        largest_error=1e-2,
+    )
 
 
 def causal_window(heads: int, tokens: int, window: int, device: torch.device) -> Layout:

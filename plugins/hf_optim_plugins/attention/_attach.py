@@ -226,7 +226,7 @@ def attach(
         )
     convert(model, code, dict(settings))
     model.set_up_attention()  # type: ignore[operator]
-    model.set_attn_implementation(attachment.name)
+    model.attach_attention()  # type: ignore[operator]
     run.record.reload = Reload.REMOTE_CODE.name
     context = context_length(model.config) or full.shape[1]
     counted = min(context, LONGEST_COUNTED)

@@ -120,11 +120,11 @@ class GridConv2d(nn.Conv2d):
     Images of equally many patches in other rows and columns would otherwise be computed along wrong axes.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
 
     def forward(self, input: Tensor) -> Tensor:
         found = super().forward(input)
-        if tuple(found.shape[-2:]) != self.grid:
+        if self.grid is not None and tuple(found.shape[-2:]) != self.grid:
             raise ValueError(
                 f"axial attention of {self.grid[0]} x {self.grid[1]} patches got an image of {found.shape[-2]} x "
                 f"{found.shape[-1]}: convert the model at the size of these images"
@@ -153,13 +153,12 @@ def keep_grid(model: nn.Module, settings: Any) -> None:
 
 
 ATTACHMENT = GridAttachment("hf_optim_axial", build)
-ATTACHMENT.register()
 
 
 class AxialBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class AxialModel(PatternModel):
@@ -168,3 +167,15 @@ class AxialModel(PatternModel):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         keep_grid(self, getattr(config, FIELD, None))  # type: ignore[arg-type]
+
+    def attach_attention(self) -> None:
+        """Refuse images of other grids, too."""
+        super().attach_attention()
+        keep_grid(self, getattr(self.config, FIELD, None))  # type: ignore[arg-type, attr-defined]
+
+    def detach_attention(self) -> bool:
+        """Take images of any grid, too."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, GridConv2d):
+                module.grid = None
+        return super().detach_attention()

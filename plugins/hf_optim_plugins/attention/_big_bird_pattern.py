@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -73,10 +73,16 @@ class NeighboursAndRandom(Term):
             return found
         if not length:
             return torch.zeros(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool, device=key.device)
-        count = -(-length // self.block)
-        table = block_table(self, count).to(key.device)
+        return self._looked_up(query, key, block_table(self, -(-length // self.block)).to(key.device))
+
+    def _looked_up(self, query: Tensor, key: Tensor, table: Tensor) -> Tensor:
+        count = len(table)
         rows, columns = (each.div(self.block, rounding_mode="floor").clamp(0, count - 1) for each in (query, key))
         return table[rows, columns]
+
+    def traceable(self, length: int, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+        table = block_table(self, -(-length // self.block)).to(device)
+        return lambda query, key: self._looked_up(query, key, table)
 
     def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
         count = -(-length // self.block)
@@ -166,10 +172,9 @@ def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> 
 
 
 ATTACHMENT = GlobalAttachment("hf_optim_big_bird", build, near=near)
-ATTACHMENT.register()
 
 
 class BigBirdBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT

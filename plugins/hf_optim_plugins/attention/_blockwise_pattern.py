@@ -23,10 +23,9 @@ def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> 
 
 
 ATTACHMENT = Attachment("hf_optim_blockwise", build)
-ATTACHMENT.register()
 
 
 class BlockwiseBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT

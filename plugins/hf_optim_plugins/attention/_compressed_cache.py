@@ -24,6 +24,7 @@ class CompressedLayer(DynamicLayer):
     """
 
     is_sliding = False
+    made_for_a_technique = True
     is_compileable = False
     is_croppable = False
 

@@ -21,6 +21,7 @@ from hf_optim.toolkit.attention import (
     PatternConfig,
     PreparedModel,
     Rows,
+    is_detached,
     mixed,
     whole,
 )
@@ -50,7 +51,9 @@ class CompressedAttachment(Attachment):
     def require_settings(self, config: Any) -> None:
         """Raise ``ValueError`` for settings that are not those of compressed attention."""
         if getattr(config, FIELD, None) is not None:
-            sizes_of(getattr(config, FIELD))
+            stride, context = sizes_of(getattr(config, FIELD))[0], self._context(config)
+            if context is not None and stride > context:
+                raise ValueError(f"windows of {stride} tokens do not fit into the {context} that the model reads")
 
     def attention(
         self,
@@ -88,7 +91,7 @@ class CompressedAttachment(Attachment):
             q, k, v = (apart.take(part) for part in (query, key, value))
             held = Held.nothing(stride, local, k).added(k, v, apart.segments() >= 0, apart.lengths().tolist())
             at = torch.arange(q.shape[2], device=q.device)[None]
-            out = compressed_attention(q, held.compressed(weights, causal), at, causal, scale, dropped)
+            out = compressed_attention(q, held.compressed(weights, causal), at, causal, scale, dropped, 0)
             return apart.put(out, len(query)).transpose(1, 2).contiguous(), None
         if layer is not None and not causal:
             raise ValueError("windows of this model are complete only at the end of a row: set use_cache=False")
@@ -103,7 +106,8 @@ class CompressedAttachment(Attachment):
         held = before.added(key, value, valid[:, new] if valid is not None and padded else None, given.counts)
         held = held.compressed(weights, causal)
         places = torch.arange(given.end, device=key.device)[None] if valid is None else valid.cumsum(1) - 1
-        out = compressed_attention(query, held, places[:, own], causal, scale, dropped)
+        begin = own.start if valid is None else None
+        out = compressed_attention(query, held, places[:, own], causal, scale, dropped, begin)
         if valid is not None:
             out = out.masked_fill(~valid[:, None, own, None], 0)
         if layer is not None:
@@ -172,14 +176,13 @@ class Given:
 
 
 ATTACHMENT = CompressedAttachment("hf_optim_compressed", no_pattern)
-ATTACHMENT.register()
 
 
 class HoldsCompressed(nn.Module):
     """Mixin of an attention module whose caches hold compressed keys."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        if not self.training and not is_detached(getattr(self, "config", None)):
             hold_compressed(self, (*args, *kwargs.values()))
         return super().forward(*args, **kwargs)
 
@@ -201,7 +204,7 @@ def add_compression(model: nn.Module, settings: Any, **about: Any) -> None:
 class CompressedBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class CompressedModel(PreparedModel):

@@ -183,7 +183,6 @@ def _slots_of(pair: tuple[Tensor, Tensor], ratio: int, most: int, apart: Apart |
 
 
 ATTACHMENT = CompressiveAttachment("hf_optim_compressive_transformer", build)
-ATTACHMENT.register()
 
 
 class Compresses:
@@ -270,11 +269,13 @@ def _real(windows: Windows, rows: Rows | None) -> Tensor | None:
 class CompressiveTransformerBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class CompressiveTransformerModel(PatternModel):
     """Mixin of a model class, first among its bases: compression in each attention, and its loss beside the task's."""
+
+    can_detach = False  # its memory is part of what it reads
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = any(isinstance(part, Cache) for part in (*args, *kwargs.values()))

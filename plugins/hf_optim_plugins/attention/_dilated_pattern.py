@@ -38,10 +38,9 @@ def by_layer(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 ATTACHMENT = Attachment("hf_optim_dilated", build, check, by_layer)
-ATTACHMENT.register()
 
 
 class DilatedBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT

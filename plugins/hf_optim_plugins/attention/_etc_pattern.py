@@ -89,10 +89,9 @@ def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> 
 
 
 ATTACHMENT = GlobalAttachment("hf_optim_etc", build, near=near, pieces=pieces)
-ATTACHMENT.register()
 
 
 class EtcBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT

@@ -158,7 +158,7 @@ class LearnedTechnique(Technique):
             raise ModelError(f"{label}: {error}") from None
         self.initialize(run, model, settings)
         convert(model, self.remote_code, dict(settings))
-        model.set_attn_implementation(self.attachment.name)
+        model.attach_attention()  # type: ignore[operator]
         run.record.reload = Reload.REMOTE_CODE.name
         parts = [getattr(module, PART, None) for module in attentions(model)]
         added = {each: each.numel() for part in parts if part is not None for each in part.parameters()}

@@ -99,13 +99,12 @@ def share_projections(model: nn.Module) -> None:
 
 
 ATTACHMENT = LinformerAttachment("hf_optim_linformer")
-ATTACHMENT.register()
 
 
 class LinformerBase(LearnedConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class LinformerModel(LearnedModel):

@@ -27,10 +27,9 @@ class LocalAttachment(Attachment):
 
 
 ATTACHMENT = LocalAttachment("hf_optim_local", build)
-ATTACHMENT.register()
 
 
 class LocalBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT

@@ -41,10 +41,9 @@ def by_layer(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 ATTACHMENT = GlobalAttachment("hf_optim_longformer", build, by_layer=by_layer, near=near)
-ATTACHMENT.register()
 
 
 class LongformerBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT

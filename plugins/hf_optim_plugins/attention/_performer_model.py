@@ -133,13 +133,12 @@ class PerformerAttachment(LearnedAttachment):
 
 
 ATTACHMENT = PerformerAttachment("hf_optim_performer")
-ATTACHMENT.register()
 
 
 class PerformerBase(LearnedConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class PerformerModel(LearnedModel):

@@ -150,13 +150,12 @@ def _above_zero(settings: Mapping[str, Any], name: str) -> float:
 
 
 ATTACHMENT = RfaAttachment("hf_optim_rfa")
-ATTACHMENT.register()
 
 
 class RfaBase(LearnedConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class RfaModel(LearnedModel):

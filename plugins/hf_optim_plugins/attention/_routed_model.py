@@ -290,17 +290,18 @@ def _all_tokens(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor
 
 
 ATTACHMENT = RoutedAttachment("hf_optim_routing_transformer")
-ATTACHMENT.register()
 
 
 class RoutedConfig(LearnedConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class RoutedModel(LearnedModel):
     """Base of the model classes: the commitment loss is added to the loss of a model in training."""
+
+    can_detach = False  # where keys are queries, stock scores mean nothing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = super().__call__(*args, **kwargs)

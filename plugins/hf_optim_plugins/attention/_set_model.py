@@ -123,7 +123,6 @@ class SetAttachment(LearnedAttachment):
 
 
 ATTACHMENT = SetAttachment("hf_optim_set_transformer")
-ATTACHMENT.register()
 
 
 class PoolingHead(PMA):
@@ -209,7 +208,7 @@ def tokens_in(mask: Any, states: Tensor) -> Tensor | None:
 class SetConfig(LearnedConfig):
     """Base of the configuration classes. A model that only pools has the attention that it is asked for."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -222,9 +221,15 @@ class SetConfig(LearnedConfig):
     def _attn_implementation(self, value: Any) -> None:
         PreTrainedConfig._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
 
+    def used_attachment(self) -> Any:
+        settings = getattr(self, FIELD, None)
+        return super().used_attachment() if isinstance(settings, Mapping) and "points" in settings else None
+
 
 class SetModel(LearnedModel):
     """Base of the model classes."""
+
+    can_detach = False  # it has other weights
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

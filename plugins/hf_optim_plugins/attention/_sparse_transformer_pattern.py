@@ -41,10 +41,9 @@ def check(settings: Mapping[str, Any], context: int) -> None:
 
 
 ATTACHMENT = Attachment("hf_optim_sparse_transformer", build, check)
-ATTACHMENT.register()
 
 
 class SparseTransformerBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT

@@ -23,10 +23,9 @@ def check(settings: Mapping[str, Any], context: int) -> None:
 
 
 ATTACHMENT = Attachment("hf_optim_strided", build, check)
-ATTACHMENT.register()
 
 
 class StridedBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT

@@ -177,7 +177,6 @@ def _attend_at(
 
 
 ATTACHMENT = XLAttachment("hf_optim_transformer_xl", build)
-ATTACHMENT.register()
 
 
 class ProjectsMemory:
@@ -212,7 +211,7 @@ class ProjectsMemory:
 class TransformerXLBase(PatternConfig):
     """Base of the configuration classes."""
 
-    implementation = ATTACHMENT.name
+    attachment = ATTACHMENT
 
 
 class XLStreams(WithStreams):
@@ -252,6 +251,8 @@ def _without_positions(given: dict[str, Any], model: Any) -> None:
 
 class TransformerXLModel(XLStreams, PatternModel):
     """Mixin of a model class, first among its bases. ``forward`` takes ``stream``."""
+
+    can_detach = False  # positions are added in another way
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(STREAM) is not None and kwargs.get("use_cache") is None:

@@ -141,9 +141,7 @@ class Axial(Technique):
             if self.first not in (None, first):
                 raise ModelError(f"{label}: {first} tokens stand before the patches, not {self.first}")
         settings = {"first": first, "rows": rows, "columns": columns, "axes": self.axes}
-        model = attach(run, self, self.remote_code, _axial_pattern.ATTACHMENT, settings)
-        _axial_pattern.keep_grid(model, settings)
-        return model
+        return attach(run, self, self.remote_code, _axial_pattern.ATTACHMENT, settings)
 
     def recompute(self, case: Any) -> dict[str, Any]:
         config = case.config

@@ -27,15 +27,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_optim import Card, Contract, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
+from hf_optim import Card, Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
 from hf_optim.toolkit.attention import FIELD, STORED, number_layers
 from hf_optim.toolkit.topology import dummy_inputs
 
-from . import _compressed_attention, _compressed_cache, _compressed_model, _key_compression
-from ._attach import prove, require_interface, require_self_attention
+from . import _compressed_attention, _compressed_cache, _compressed_model, _compressed_terms, _key_compression
+from ._attach import context_length, prove, require_interface, require_self_attention
 from ._key_sizes import key_sizes
 from ._probing import hidden_states
 
@@ -67,7 +67,9 @@ class Compressed(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="compressed",
-        source=joined(*STORED, _key_compression, _compressed_attention, _compressed_cache, _compressed_model),
+        source=joined(
+            *STORED, _key_compression, _compressed_terms, _compressed_attention, _compressed_cache, _compressed_model
+        ),
         config_base=_compressed_model.CompressedBase.__name__,
         field=FIELD,
         model_base=_compressed_model.CompressedModel.__name__,
@@ -79,16 +81,28 @@ class Compressed(Technique):
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         require_interface(model, self.remote_code, label)
+        self._require_windows(model.config, label)
+
+    def _require_windows(self, config: PretrainedConfig, label: str) -> None:
+        """Raise ``ModelError`` if no row that the model reads is as long as a window."""
+        context = context_length(config)
+        if context is not None and self.stride > context:
+            raise ModelError(
+                f"{label}: stride is {self.stride:,}, and the model reads at most {context:,} tokens, which make no "
+                "window: choose a smaller stride"
+            )
 
     @hookimpl
     def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         require_self_attention(run.config, run.label(self), run.loaded_class)
+        self._require_windows(run.config, run.label(self))
         return None
 
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel:
         model, label = run.model, run.label(self)
         require_own_code(model, self.remote_code, label)
+        self._require_windows(model.config, label)
         inputs = dummy_inputs(model)
         full = hidden_states(model, inputs)
         causal = prove(model, inputs, full, label).causal
@@ -98,7 +112,7 @@ class Compressed(Technique):
         weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         _compressed_model.add_compression(model, settings, device=weight.device, dtype=weight.dtype)
         convert(model, self.remote_code, settings)
-        model.set_attn_implementation(_compressed_model.ATTACHMENT.name)
+        model.attach_attention()  # type: ignore[operator]
         run.record.reload = Reload.REMOTE_CODE.name
         layers = model.config.get_text_config().num_hidden_layers
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or full.shape[1]

@@ -167,7 +167,7 @@ class CompressiveTransformer(Technique):
         for module in model.modules():
             if hasattr(module, "compression"):
                 module.compression.to(device=weight.device, dtype=weight.dtype)
-        model.set_attn_implementation(_compressive_model.ATTACHMENT.name)
+        model.attach_attention()  # type: ignore[operator]
         short = {name: part[:, : self.segment] for name, part in inputs.items()}
         if relative_difference(hidden_states(model, short), full[:, : self.segment]) > rounding_tolerance(model):
             raise ModelError(f"{label}: {type(model).__name__} computes something else in its first segment")

@@ -24,6 +24,14 @@ from transformers.masking_utils import AttentionMaskInterface
 import hf_optim
 from hf_optim import CheckpointError, ModelError, RecipeError
 from hf_optim.toolkit import compat
+from hf_optim.toolkit.attention import HeadPatterns, Pattern
+from hf_optim.toolkit.attention.blocked import blocked_attention
+from hf_optim.toolkit.attention.layout import layouts
+from hf_optim_kernels.sparse_attention.op import sparse_attention
+from hf_optim_plugins.attention import _compressed_attention
+from hf_optim_plugins.attention._compressed_attention import compressed_attention
+from hf_optim_plugins.attention._compressed_terms import RawTokens, SeenWindows
+from hf_optim_plugins.attention._key_compression import Compression, Held
 
 IDS = torch.randint(3, 60, (2, 23), generator=torch.Generator().manual_seed(0))
 DECODERS = [tiny_llama, tiny_gpt2, tiny_opt]
@@ -338,9 +346,59 @@ def test_what_cannot_be_compressed_is_refused_and_unchanged():
     assert not any(hasattr(module, "compression") for module in model.modules())
     with pytest.raises(RecipeError, match="compressed"):
         compressed(tiny_llama(), {"technique": "blockwise", "block": 4})
+    with pytest.raises(ModelError, match="stride is 65, and the model reads at most 64 tokens"):
+        compressed(tiny_llama(), stride=65)
 
 
 @pytest.mark.parametrize("fields", [{"stride": 0}, {"local": -1}, {"stride": 2.5}])
 def test_fields_are_checked(fields):
     with pytest.raises(RecipeError, match=next(iter(fields))):
         compressed(tiny_llama(), **fields)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("stride", "local"), [(4, 16), (7, 0), (5, 33), (3, 1)])
+def test_lists_of_blocks_are_what_groups_of_queries_are(causal, stride, local, monkeypatch):
+    length = 1100
+    torch.manual_seed(0)
+    weights = Compression(2, 8, stride).double()
+    query, key, value = (torch.randn(2, heads, length, 8).double().requires_grad_() for heads in (4, 2, 2))
+    held = Held.nothing(stride, local, key).added(key, value, None, [length] * 2).compressed(weights, causal)
+    assert _compressed_attention._sources(query, held, causal)
+    slope, found = torch.randn(length, 1).double(), []
+    for start in (0, None):  # None: positions are read, so that queries are computed in groups
+        out = compressed_attention(query, held, torch.arange(length)[None], causal, 8**-0.5, 0.0, start)
+        inputs = (query, key, value, *weights.parameters())
+        found.append([out, *torch.autograd.grad((out * slope).sum(), inputs, retain_graph=True)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("local", [0, 16, 33])
+def test_what_queries_may_see_is_known_without_reading_positions(causal, local):
+    key = torch.randn(1, 2, 700, 8)
+    held = Held.nothing(5, local, key).added(key, key, None, [700]).compressed(Compression(2, 8, 5), causal)
+    for start in (0, 300):
+        at = torch.arange(start, 700)[None]
+        groups = at.split(_compressed_attention.QUERIES, dim=1)
+        plain = _compressed_attention._plain_bounds(held, start, 700 - start, causal)
+        assert plain == [tuple(each) for each in _compressed_attention._bounds(held, groups, causal)]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", [SeenWindows, RawTokens])
+def test_kernels_compute_the_lists_of_windows_and_of_tokens(kind, causal):
+    length, term = 150, kind(4, 16, causal)
+    heads = HeadPatterns.of([Pattern((term,))], 2)
+    (lists,) = layouts(heads.patterns, heads.heads, length, 32, torch.device("cpu"))
+    count = term.count(length) if kind is SeenWindows else length
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, *size, 16).requires_grad_() for size in ((2, length), (1, count), (1, count))]
+    found = []
+    for product in (sparse_attention, blocked_attention):
+        out, sums = product(*inputs, lists, 0.25, None, None)
+        found.append([out, *torch.autograd.grad(out.square().sum() + sums[sums.isfinite()].sum(), inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -43,6 +43,7 @@ LEVELS = [
 ]
 
 
+@pytest.mark.many("level", every=4)
 @pytest.mark.parametrize(("level", "name", "build", "step"), LEVELS, ids=[each[1] for each in LEVELS])
 def test_a_checkpoint_needs_no_hf_optim_at_its_level(level, name, build, step, tmp_path, stock):
     model = hf_optim.optimize(build(), [step]).eval()
