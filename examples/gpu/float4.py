@@ -1,19 +1,16 @@
 """4-bit floats on a GPU: NVFP4 and MXFP4 beside int4, after a check of every kernel and tile.
 
-    python examples/gpu/float4.py                # all sections; words choose some: correct, time, experts, search
+    python examples/gpu/float4.py                # all sections; words choose some: correct, time, experts
     OUT=. python examples/gpu/float4.py correct time
 
 ``time`` are the layers of Qwen2.5-7B, which no tiles were tuned on, with the tiles that a model gets: cold cache,
-replayed graphs. ``search`` times other tiles on the layers of Llama-3-8B; processes of their own compile them first.
-Results are kept in ``float4.json`` in ``$OUT``.
+replayed graphs. Results are kept in ``float4.json`` in ``$OUT``. Other tiles are timed by
+``python -m hf_optim_kernels.common.sweep --ops nvfp4 mxfp4``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,21 +28,10 @@ from hf_optim_kernels.wna16 import wide as wide_tiles
 DEVICE = benchmark.device()
 CUDA = DEVICE.type == "cuda"
 SHAPES = ((3584, 18944), (3584, 3584), (37888, 3584), (4608, 3584)) if CUDA else ((96, 160),)
-TUNED = ((4096, 14336), (28672, 4096), (4096, 4096)) if CUDA else ((96, 160),)
-SEARCHED = (1, 16, 64, 256, 512) if CUDA else (1, 40)
 ROWS = (1, 8, 16, 64, 256, 4096) if CUDA else (1, 40)
 FORMATS = {"nvfp4": float4.NVFP4, "mxfp4": float4.MXFP4}
 GOAL = 1.1
-section = Sections("float4.json") if sys.argv[1:2] != ["part"] else lambda name: lambda function: function
-
-
-def random_codes(N: int, K: int, format: int) -> Codes:
-    """Return random codes ``[N, K]``."""
-    patterns = torch.randint(0, 16, (N, K), device=DEVICE, dtype=torch.uint8)
-    low, high, kind = (40, 80, float4.E4M3) if format == float4.NVFP4 else (118, 124, float4.E8M0)
-    scale = torch.randint(low, high, (N, K // float4.GROUPS[format]), device=DEVICE, dtype=torch.uint8)
-    shared = torch.full((N, 1), 37.0, device=DEVICE) if format == float4.NVFP4 else None
-    return Codes(patterns, scale.view(kind), None, global_scale=shared)
+section = Sections("float4.json")
 
 
 def packed_of(found: Codes, format: int, dtype: torch.dtype = torch.bfloat16) -> layer.PackedWeight:
@@ -75,7 +61,7 @@ def correct() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for (name, format), dtype in itertools.product(FORMATS.items(), (torch.bfloat16, torch.float16)):
         for N, K in ((1000, 1056), (192, 4096), (64, 96)):
-            packed = packed_of(random_codes(N, K, format), format, dtype)
+            packed = packed_of(bench.random_floats(N, K, format), format, dtype)
             weight = packed.tensors()
             wide = naive.dequantize(weight, K, torch.float64)
             dense = launch.dense(weight, K, dtype) if CUDA else wide.to(dtype)
@@ -112,7 +98,7 @@ def time() -> dict[str, Any]:
     print(f"{'layer':>14} {'rows':>5} {'g128':>8} {'g32':>8} {'nvfp4':>8} {'mxfp4':>8}  over g128, over g32")
     for N, K in SHAPES:
         layers = {"int4 g128": int4(N, K, 128), "int4 g32": int4(N, K, 32)}
-        layers |= {name: packed_of(random_codes(N, K, format), format) for name, format in FORMATS.items()}
+        layers |= {name: packed_of(bench.random_floats(N, K, format), format) for name, format in FORMATS.items()}
         for M in ROWS:
             x = inputs(M, K)
             taken = {name: benchmark.graph_time(benchmark.calls_of(one, x)).us for name, one in layers.items()}
@@ -126,59 +112,13 @@ def time() -> dict[str, Any]:
     return found
 
 
-def settings(M: int) -> list[dict[str, Any]]:
-    """Return tiles to search among for ``M`` rows."""
-    if M <= 16:
-        found: Any = itertools.product(("fused",), (max(8, M),), ((64, 4), (128, 4)), (1, 2, 4, 8), (3, 4))
-    else:
-        blocks = [m for m in (64, 128, 256) if m < 2 * M]
-        found = [
-            *itertools.product(("fused",), (64,), ((64, 4), (128, 8)), (1, 2, 4), (3,)),
-            *itertools.product(("wide",), blocks, ((128, 8),), (1, 2, 3, 4, 6), (3,)),
-        ]
-    return [dict(zip(launch._TILE_NAMES, (name, m, n, s, w, r), strict=True)) for name, m, (n, w), s, r in found]
-
-
-def compile_part(index: int, count: int) -> None:
-    """Compile every ``count``-th of the kernels of the search."""
-    every = {tuple(tiles.values()): tiles for M in SEARCHED for tiles in settings(M)}
-    for (_, format), tiles in list(itertools.product(FORMATS.items(), every.values()))[index::count]:
-        with contextlib.suppress(Exception):
-            launch.product(inputs(64, 1024), packed_of(random_codes(256, 1024, format), format).tensors(), tiles)
-
-
-@section("search")
-def search() -> dict[str, Any]:
-    """Times of other tiles, in microseconds."""
-    workers = [
-        subprocess.Popen([sys.executable, __file__, "part", str(index), "14"]) for index in range(14 if CUDA else 0)
-    ]
-    for worker in workers:
-        worker.wait()
-    found: dict[str, Any] = {}
-    for (N, K), (name, format), M in itertools.product(TUNED, FORMATS.items(), SEARCHED):
-        weights = [one.tensors() for one in benchmark.modules_of(packed_of(random_codes(N, K, format), format))]
-        x, times = inputs(M, K), {}
-        for tiles in settings(M):
-            key = " ".join(str(value) for value in tiles.values())
-            try:
-                calls = [lambda w=w, t=tiles: launch.product(x, w, t) for w in weights]
-                times[key] = round(benchmark.graph_time(calls).us, 2)
-            except Exception as error:
-                times[key] = str(error)[:80]
-        ranked = sorted((value, key) for key, value in times.items() if isinstance(value, float))
-        print(f"{name} {N}x{K}, {M} rows: " + "; ".join(f"{value:.1f} {key}" for value, key in ranked[:4]), flush=True)
-        found[f"{name} {N}x{K}, {M} rows"] = times
-    return found
-
-
 @section("experts")
 def experts() -> dict[str, Any]:
     """The products of gpt-oss-20b's experts in MXFP4, and in NVFP4: error against the specification, microseconds."""
     E, d, inner, top_k = (32, 2880, 2880, 4) if CUDA else (4, 64, 96, 2)
     found: dict[str, Any] = {}
     for name, format in FORMATS.items():
-        made = {"up": random_codes(2 * inner, d, format), "down": random_codes(d, inner, format)}
+        made = {"up": bench.random_floats(2 * inner, d, format), "down": bench.random_floats(d, inner, format)}
         sides = {
             side: SimpleNamespace(
                 kind="float4", bits=4, group_size=float4.GROUPS[format], shape=tuple(codes.codes.shape), inputs=None,
@@ -203,7 +143,3 @@ def experts() -> dict[str, Any]:
             found[f"{name}, {tokens} tokens"] = {"error": error_of(y, wanted.double()), "microseconds": taken}
             print(f"{name}, {tokens} tokens: error {error_of(y, wanted.double()):.1e}, {taken:.1f} us", flush=True)
     return found
-
-
-if sys.argv[1:2] == ["part"]:
-    compile_part(int(sys.argv[2]), int(sys.argv[3]))

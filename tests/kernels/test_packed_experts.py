@@ -290,6 +290,29 @@ def test_tiles_fit_the_memory_of_a_device():
     assert launch.default(40000, 8, 4096, 4096, 4, False)["BLOCK_M"] == 128
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("shape", ["int4", "int3-zeros", "int8-rows"])
+def test_experts_of_a_cpu_are_packed_again_where_they_have_moved_to(shape, blocks, dtype, monkeypatch):
+    mixture = Mixture(*SHAPES[shape], dtype=dtype)
+    packed = layer.prepack(mixture.description)
+    if isinstance(packed, layer.PackedExperts):
+        pytest.skip("PyTorch's packed operators are not used on this CPU")
+    packed.codes("up", 0)  # what is known of a layout of the CPU is found out there
+    if not blocks:
+        monkeypatch.setattr(cpu.linear_cpu, "_block_rows", lambda rows: 0)
+    description = mixture.description
+    for matrix in (description.up, description.down):
+        matrix.device = torch.device("meta")
+        matrix.symmetric = True  # whether a grid is symmetric after all is in its numbers
+    description.codes = packed.to("meta").codes
+    again = layer.prepack(description)
+    assert type(again) is layer.PackedExperts
+    assert {name: buffer.device.type for name, buffer in again.named_buffers()} == dict.fromkeys(
+        ("up_packed", "up_scale", "down_packed", "down_scale", "semaphores"), "meta"
+    )
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_experts_of_a_float32_model_on_a_cpu_stay_decoded_and_keep_their_codes(shape):
     mixture = Mixture(*SHAPES[shape])

@@ -64,8 +64,12 @@ def test_rows_are_rounded_to_a_sixteenth_of_their_bucket():
 @pytest.fixture
 def predicted(monkeypatch):
     """Two kinds of "op": the second is faster, on 4 to 64 rows."""
-    kind = choice.Kind({"BLOCK": 128, "num_warps": 8}, None, (1, 64), (1, 99), (1,), 1, 1.0, (9.0, 0, 0, 0, 0, 0))
-    fast = choice.Kind({"BLOCK": 256, "num_warps": 8}, None, (4, 64), (1, 99), (1,), 1, 1.0, (2.0, 0, 0, 0, 0, 0))
+    kind = choice.Kind(
+        {"BLOCK": 128, "num_warps": 8}, (128, 256), None, (1, 64), (1, 99), (1,), 4096, 1, 1.0, (9.0, 0, 0, 0, 0, 0)
+    )
+    fast = choice.Kind(
+        {"BLOCK": 256, "num_warps": 8}, (128, 256), None, (4, 64), (1, 99), (1,), 4096, 1, 1.0, (2.0, 0, 0, 0, 0, 0)
+    )
     monkeypatch.setattr(choice, "kinds", lambda: {"op": (kind, fast)})
 
 

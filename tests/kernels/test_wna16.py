@@ -101,7 +101,7 @@ def test_the_triton_kernels_equal_float64(shape, width, zero, dtype, device, mon
     arguments, reference = random_case(*shape, width, zero=zero, dtype=dtype, device=device)
     x, weight = arguments[0], naive.PackedTensors(*arguments[1:])
     for split in (1, 3):
-        tiles = {**launch.default(1, 64, 64, width), "BLOCK_M": 16, "SPLIT": split}
+        tiles = {**launch.default(1, 64, 64), "BLOCK_M": 16, "SPLIT": split}
         assert relative(launch.fused(x, weight, tiles), reference) < BOUND[dtype]
         assert not bool(weight.semaphores.any())
     assert relative(launch.by_library(x, weight), reference) < 2 * BOUND[dtype]
@@ -134,7 +134,7 @@ def test_a_kernel_that_does_not_compile_costs_speed_only(device, monkeypatch):
     monkeypatch.setattr(wide, "_FAILED", set())
     monkeypatch.setattr(tuning, "_CHOSEN", {})
     monkeypatch.setattr(launch, "LEAST_WIDE_ROWS", 1)
-    ours = launch.default(64, 64, 256, 4)
+    ours = launch.default(64, 64, 256)
     choose = lambda *_, **__: ours | {"KERNEL": "wide"} if wide.is_usable(torch.device(device)) else ours  # noqa: E731
     monkeypatch.setattr(launch.tuning, "choose", choose)
     x, weight = arguments[0], naive.PackedTensors(*arguments[1:])

@@ -275,3 +275,15 @@ def test_codes_are_taken_out_of_the_operators_layout(monkeypatch, rows):
     assert torch.equal(cpu._unpack_int4(packed).int(), codes)
     monkeypatch.setattr(cpu, "_block_rows", lambda rows: 0)
     assert torch.equal(cpu._unpack_int4(packed).int(), codes)
+
+
+@pytest.mark.parametrize("block", [None, 0])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_on_the_device_that_a_weight_has_moved_to(monkeypatch, bits, block):
+    packed = cpu.prepack(random_weight(48, 96, bits=bits))
+    packed.codes()  # what is known of the layout is that of the CPU
+    if block is not None:
+        monkeypatch.setattr(cpu, "_block_rows", lambda rows: block)
+    found = packed.to("meta").codes()
+    assert found.codes.shape == (48, 96)
+    assert found.codes.device.type == found.scale.device.type == "meta"

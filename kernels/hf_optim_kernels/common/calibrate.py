@@ -9,6 +9,7 @@ the time of the chosen configuration over that of the fastest measured one, with
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import operator
 import statistics
@@ -23,7 +24,13 @@ from .choice import Config, Kind
 PROCESSORS = 132  # of an H200
 # With fewer, the guesses of the products were within a few percent of the fastest, and closer than the fit.
 LEAST_ROWS = 65
+MANY_ROWS = 4096
+# Kernels that decode the weight again for every block of rows, and the most rows that they are predicted for: with
+# 2,048 and 4,096, a library's product of the weight, decoded once, took 0.70 to 1.10 times as long (median 0.96).
+MOST_ROWS = {"specialized": 1024}
 PARTS_NAMES = ("SPLIT", "PARTS")
+# Tiles that a library's product may have, in rows and columns.
+LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64), (64, 256), (256, 64), (64, 64))
 RESIDENT, LATENCY = (1, 2, 3, 4), (1.0, 1.3, 1.7, 2.2, 3.0)
 Time = dict[str, Any]
 
@@ -55,7 +62,8 @@ def fit(times: list[Time]) -> dict[str, tuple[Kind, ...]]:
     """Return kinds fitted to times: every kernel with its tiles by itself."""
     groups: dict[tuple, list[tuple[Time, int]]] = defaultdict(list)
     for time in times:
-        if time["M"] < LEAST_ROWS:
+        most = MOST_ROWS.get(time["config"].get("KERNEL"), time["M"])
+        if not LEAST_ROWS <= time["M"] <= most:
             continue
         config, name, parts = split_config(time["config"])
         groups[time["op"], name, tuple(config.items())].append((time, parts))
@@ -68,32 +76,46 @@ def fit(times: list[Time]) -> dict[str, tuple[Kind, ...]]:
 
 def _fit_kind(config: Config, name: str | None, group: list[tuple[Time, int]]) -> Kind:
     rows = [time["M"] for time, _ in group]
-    programs = [choice.count_programs(config, t["M"], t["N"], parts) for t, parts in group]
-    best: tuple[float, int, float, list[float]] | None = None
-    for resident in (1,) if config.get("KERNEL") == "persistent" else RESIDENT:
-        for latency in LATENCY:
-            # Relative errors: each row is divided by its time.
-            matrix = [
-                [
-                    value / t["us"]
-                    for value in choice.features(
-                        config, t["M"], t["N"], t["K"], parts, PROCESSORS, resident, latency
-                    )
-                ]
-                for t, parts in group
-            ]  # fmt: skip
-            terms = _least_squares(matrix)
-            errors = (sum(term * value for term, value in zip(terms, row, strict=True)) - 1 for row in matrix)
-            loss = sum(error * error for error in errors) / len(matrix)
-            if best is None or loss < best[0]:
-                best = (loss, resident, latency, terms)
+    named = (config.get("BLOCK_M") or 0, config.get("BLOCK_N") or 0)
+    # The tiles of a library are those that fit its times best: of one of its algorithms, by number, or of a product
+    # that chooses for itself, whose times rise as with small ones.
+    is_library = "library" in (config.get("path"), config.get("KERNEL"))
+    tiles = (named,) if all(named) else LIBRARY_TILES if is_library else LIBRARY_TILES[:1]
+    best: tuple[float, tuple[int, int], int, float, list[float]] | None = None
+    residents = (1,) if config.get("KERNEL") == "persistent" or len(tiles) > 1 else RESIDENT
+    for tile, resident, latency in itertools.product(tiles, residents, LATENCY):
+        # Relative errors: each row is divided by its time.
+        matrix = [
+            [
+                value / t["us"]
+                for value in choice.features(tile, t["M"], t["N"], t["K"], parts, PROCESSORS, resident, latency)
+            ]
+            for t, parts in group
+        ]  # fmt: skip
+        terms = _least_squares(matrix)
+        errors = (sum(term * value for term, value in zip(terms, row, strict=True)) - 1 for row in matrix)
+        loss = sum(error * error for error in errors) / len(matrix)
+        if best is None or loss < best[0]:
+            best = (loss, tile, resident, latency, terms)
     assert best is not None
-    _, resident, latency, terms = best
+    _, tile, resident, latency, terms = best
+    programs = [choice.count_programs(tile, t["M"], t["N"], parts) for t, parts in group]
     # A bucket of rows is a power of two: a kind measured on 64 rows serves from 33 on.
     splits = tuple(sorted({parts for _, parts in group}))
-    measured_rows, measured_programs = (min(rows) // 2 + 1, max(rows)), (min(programs), max(programs))
+    # With thousands of rows the time is that of the rounds, so what was measured there holds for more.
+    most = max(rows) if max(rows) < MANY_ROWS else 4 * max(rows)
+    measured_rows, measured_programs = (min(rows) // 2 + 1, most), (min(programs), max(programs))
     return Kind(
-        config, name, measured_rows, measured_programs, splits, resident, latency, tuple(round(t, 5) for t in terms)
+        config,
+        tile,
+        name,
+        measured_rows,
+        measured_programs,
+        splits,
+        max(t["K"] for t, _ in group),
+        resident,
+        latency,
+        tuple(round(t, 5) for t in terms),
     )
 
 
@@ -127,7 +149,7 @@ def regrets(times: list[Time], kinds: dict[str, tuple[Kind, ...]]) -> dict[str, 
         for time in group:
             config, name, parts = split_config(time["config"])
             kind = next((k for k in kinds.get(op, ()) if k.config == config and k.parts == name), None)
-            if kind is not None:
+            if kind is not None and kind.rows[0] <= M <= kind.rows[1]:
                 predicted.append((kind.time(M, N, K, parts, PROCESSORS), time["us"]))
         if predicted:
             found[op].append((min(predicted)[1] / min(time["us"] for time in group), f"{N}x{K} M={M}"))

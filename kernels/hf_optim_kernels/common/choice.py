@@ -23,8 +23,9 @@ FILE = Path(__file__).parent / "tables" / "choice.json"
 LEAST_COLUMNS = 256
 # How far the number of programs may be from those measured.
 MARGIN = 1.25
-# Tiles of the libraries' products, which configurations do not name.
-LIBRARY_TILE = (128, 256)
+# Times more columns of the weight than measured that a kind is predicted for, where another kind was measured on more:
+# ``wna16``'s ``wide``, measured up to 4,096 columns, took 1.2 to 1.6 times the predicted time from 13,824 on.
+REACH = 2
 _MILLION = 1e6
 
 
@@ -34,10 +35,13 @@ class Kind:
 
     Attributes:
         config: names and values, with one part.
+        tile: rows and columns of the result that a program computes; of a library's product, which does not name them,
+            those that fit its times best.
         parts: the name of the number of parts that share a tile, or None where tiles are not shared.
         rows: the rows, least and most, that it was measured on.
         programs, splits: the programs, least and most, and the numbers of parts that it was measured with: others are
             not predicted.
+        columns: the most columns of the weight that it was measured on.
         resident: programs that a multiprocessor holds at a time.
         latency: the time of a program that is alone on its multiprocessor, over that of one among many.
         terms: microseconds: of the launches; per million inputs, weights and partial sums; of a round; and per thousand
@@ -45,25 +49,27 @@ class Kind:
     """
 
     config: Config
+    tile: tuple[int, int]
     parts: str | None
     rows: tuple[int, int]
     programs: tuple[int, int]
     splits: tuple[int, ...]
+    columns: int
     resident: int
     latency: float
     terms: tuple[float, ...]
 
     def time(self, M: int, N: int, K: int, parts: int, processors: int) -> float:
         """Return the predicted microseconds."""
-        found = features(self.config, M, N, K, parts, processors, self.resident, self.latency)
+        found = features(self.tile, M, N, K, parts, processors, self.resident, self.latency)
         return sum(term * value for term, value in zip(self.terms, found, strict=True))
 
 
 def features(
-    config: Mapping[str, Any], M: int, N: int, K: int, parts: int, processors: int, resident: int, latency: float
+    tile: tuple[int, int], M: int, N: int, K: int, parts: int, processors: int, resident: int, latency: float
 ) -> tuple[float, ...]:
     """Return what ``Kind.terms`` are multiplied with."""
-    programs = count_programs(config, M, N, parts)
+    programs = count_programs(tile, M, N, parts)
     full, rest = divmod(programs, processors * resident)
     rounds = full + (rest > 0)
     busy = full * max(latency, resident) + (max(latency, -(-rest // processors)) if rest else 0.0)
@@ -73,10 +79,9 @@ def features(
     )  # fmt: skip
 
 
-def count_programs(config: Mapping[str, Any], M: int, N: int, parts: int) -> int:
+def count_programs(tile: tuple[int, int], M: int, N: int, parts: int) -> int:
     """Return the programs of a launch."""
-    block_m, block_n = (config.get(key) or tile for key, tile in zip(("BLOCK_M", "BLOCK_N"), LIBRARY_TILE, strict=True))
-    return -(-M // block_m) * -(-N // block_n) * parts
+    return -(-M // tile[0]) * -(-N // tile[1]) * parts
 
 
 def best(
@@ -97,18 +102,16 @@ def ranked(
 ) -> list[tuple[float, Config]]:
     """Return predicted microseconds and configurations, the fastest first."""
     found = []
-    for kind in kinds().get(op, ()):
-        least, most = kind.rows
-        if not least <= M <= most or not usable(kind.config):
+    near = [kind for kind in kinds().get(op, ()) if kind.rows[0] <= M <= kind.rows[1] and usable(kind.config)]
+    longest = max((kind.columns for kind in near), default=0)
+    for kind in near:
+        if kind.columns < longest and REACH * kind.columns < K:
             continue
         for parts in kind.splits:
             if parts > 1 and parts * LEAST_COLUMNS > K:
                 break
             fewest, most_programs = kind.programs
-            if (
-                parts > 1
-                and not fewest <= MARGIN * count_programs(kind.config, M, N, parts) <= MARGIN**2 * most_programs
-            ):
+            if parts > 1 and not fewest <= MARGIN * count_programs(kind.tile, M, N, parts) <= MARGIN**2 * most_programs:
                 continue
             config = kind.config | ({kind.parts: parts} if kind.parts else {})
             found.append((kind.time(M, N, K, parts, processors), config))

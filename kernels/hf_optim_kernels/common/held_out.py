@@ -1,6 +1,7 @@
 """Check, then time the products on layers of models that no table and no fit has seen, beside the dense product.
 
     python -m hf_optim_kernels.common.held_out [--budget 100] [--ops w4a16 ...] [--shapes 3584x18944 ...] [--rows 1 16]
+        [--choice choice.json]
 
 Each product runs in the configuration that a layer would choose; tables of tuned tiles are not read. Outputs are
 poisoned and compared with float64 first. Times are medians of graph replays over copies of the weight that together
@@ -23,14 +24,14 @@ from typing import Any
 import torch
 
 from ..sparse24 import cusparselt
-from . import benchmark, sweep, tuner, tuning
+from . import benchmark, choice, sweep, tuner, tuning
 
 # Layers (out, in) of Qwen2.5-7B, Llama-3-70B, Qwen2.5-14B, Phi-4, Gemma-2-9B and Mistral-Small-24B.
 SHAPES = (
     "3584x18944", "3584x3584", "8192x28672", "8192x8192", "4608x3584", "5120x13824", "37888x3584", "5120x5120",
     "10240x8192", "5120x17920", "3584x14336", "6144x5120",
 )  # fmt: skip
-ROWS = (1, 16, 64, 128, 256, 512, 1024, 4096)
+ROWS = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
 OPS = ("w4a16", "w8a16", "w8a8-int8", "w8a8-float8", "sparse24", "llm-int8")
 SEARCHED = (64, 128, 256, 512, 1024)
 
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", choices=list(sweep.MODULES), default=list(OPS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--choice", type=Path, help="a fit of the choice, in place of the shipped one (calibrate)")
     parser.add_argument("--search", action="store_true", help="then time every candidate, until the time is up")
     parser.add_argument("--table", type=Path, help="print a Markdown table of this file, and measure nothing")
     parser.add_argument("--processes", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
@@ -128,6 +130,8 @@ def main() -> None:
         print(markdown(options.table), end="")
         return
     begin = time.monotonic()
+    if options.choice:
+        choice.FILE = options.choice
     tuning.table = lambda device: {}  # type: ignore[assignment]
     # Replayed graphs do not wait for the host, and what is checked is what they hold.
     cusparselt.pays = lambda *shape: True  # type: ignore[assignment]

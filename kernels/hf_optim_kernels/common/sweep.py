@@ -27,8 +27,8 @@ import torch
 from . import benchmark, tuner, tuning
 
 MODULES = {
-    "w4a16": "wna16", "w8a16": "wna16", "w8a8-int8": "w8a8", "w8a8-float8": "w8a8", "llm-int8": "llm_int8",
-    "sparse24": "sparse24", "sparse24-tiles": "sparse24",
+    "w4a16": "wna16", "w8a16": "wna16", "nvfp4": "wna16", "mxfp4": "wna16", "w8a8-int8": "w8a8",
+    "w8a8-float8": "w8a8", "llm-int8": "llm_int8", "sparse24": "sparse24", "sparse24-tiles": "sparse24",
 }  # fmt: skip
 SHAPES = ("14336x4096", "4096x14336", "4096x4096")
 ROWS = (1, 16, 64, 128, 256, 512, 1024, 4096)
@@ -56,22 +56,22 @@ def shapes_of(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def tried(options: argparse.Namespace, tunable: tuner.Tunable, M: int) -> list[tuner.Config]:
-    """Return the candidates, or those of one kernel."""
+    """Return the candidates, or those of some kernels."""
     found = tunable.candidates(tuning.bucket(M))
-    return [c for c in found if options.only in (None, c.get("KERNEL"), c.get("path"))]
+    return [c for c in found if not options.only or c.get("KERNEL", c.get("path")) in options.only]
 
 
 def warm(options: argparse.Namespace, index: int) -> None:
     """Compile a share of the candidates, by running each once: the results stay in Triton's cache on disk."""
     benchmark.copies_for = lambda size: 1  # type: ignore[assignment]
-    number = 0
+    owners: dict[Any, int] = {}  # a configuration belongs to one process, whatever the shape: it is compiled once
     for N, K in shapes_of(options):
         for tunable in tunables(options.ops, N, K):
             for M in options.rows:
                 x = None
                 for config in tried(options, tunable, M):
-                    number += 1
-                    if number % options.processes == index:
+                    key = (tunable.op, *config.values())
+                    if owners.setdefault(key, len(owners)) % options.processes == index:
                         x = tunable.inputs(M) if x is None else x
                         try:
                             tunable.calls(x, config)[0]()
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--processes", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--name", default="sweep.json", help="file in $OUT")
-    parser.add_argument("--only", help="time only the configurations of this kernel")
+    parser.add_argument("--only", nargs="+", default=[], help="time only the configurations of these kernels")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     begin = time.monotonic()

@@ -34,6 +34,9 @@ class Tunable:
         calls: ``x, config`` -> the product on copies of the weight, together larger than the L2 cache.
         candidates: rows (a bucket) -> configurations worth timing, the default first.
         reference: ``x`` -> the output in float64.
+        any_rows: the entry is that of all numbers of rows; it is tuned with the most.
+        entry: rows -> what stands for them in the key of an entry, where it is not their bucket.
+        largest_error: relative to the reference, of a configuration that is right.
     """
 
     op: str
@@ -43,17 +46,38 @@ class Tunable:
     calls: Callable[[Tensor, Config], list[Callable[[], Tensor]]]
     candidates: Callable[[int], list[Config]]
     reference: Callable[[Tensor], Tensor]
+    any_rows: bool = False
+    entry: Callable[[int], int] = tuning.bucket
+    largest_error: float = LARGEST_ERROR
 
     def tune(self, rows: int) -> str:
         """Measure the candidates, remember the fastest, and return a line about it."""
         if device().type != "cuda":
             return f"{self.op}: nothing to tune without a CUDA device"
+        if not self.candidates(tuning.bucket(rows)):
+            return f"{self.op}: nothing to choose with {rows} rows"
         times = [(us, config) for config, us in measure(self, rows) if not isinstance(us, str)]
         if not times:
             return f"{self.op}: no configuration ran"
         best, config = min(times, key=lambda pair: pair[0])
-        tuning.remember(self.op, (*self.shape, tuning.bucket(rows)), self.dtype, config, device())
+        tuning.remember(self.op, (*self.shape, 1 if self.any_rows else self.entry(rows)), self.dtype, config, device())
         return f"{self.op}: {best:.1f} us with {config}, {times[0][0]:.1f} with the first candidate"
+
+
+def with_config(op: str, config: Config, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a call that runs with a configuration of ``op``, of a kernel that asks ``tuning.choose`` for it."""
+
+    def run() -> Tensor:
+        with tuning.forced(op, config):
+            return call()
+
+    return run
+
+
+def variations(default: Config, **values: Any) -> list[Config]:
+    """Return a configuration, and those that differ from it in one of the named values, each among ``values``."""
+    others = [{**default, name: value} for name, each in values.items() for value in each if value != default[name]]
+    return [default, *others]
 
 
 def measure(tunable: Tunable, rows: int, tried: list[Config] | None = None) -> Iterator[tuple[Config, float | str]]:
@@ -67,7 +91,7 @@ def measure(tunable: Tunable, rows: int, tried: list[Config] | None = None) -> I
             torch.full(wanted.shape, float("nan"), dtype=tunable.dtype, device=x.device)
             y = calls[0]()
             error, again = relative_error(y, wanted), torch.equal(calls[0](), y)
-            if not error < LARGEST_ERROR or not again:
+            if not error < tunable.largest_error or not again:
                 how = "the same" if again else "another"
                 yield config, f"wrong: relative error {error:.1e}, {how} result when repeated"
             else:

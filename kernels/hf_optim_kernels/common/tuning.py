@@ -8,13 +8,14 @@ Triton, under ``$HF_OPTIM_CACHE`` (default ``~/.cache/hf_optim``); it takes prec
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def rounded(rows: int) -> int:
 # The guesses for these have the names of all configurations: kernels for few and for many rows have different ones.
 _BUCKETS = (1, 64, 4096)
 _CHOSEN: dict[tuple, Config] = {}
+_FORCED: dict[str, Config] = {}
 
 
 def choose(
@@ -65,6 +67,8 @@ def choose(
         usable: False for configurations that cannot run.
         variant: what ``usable`` depends on.
     """
+    if _FORCED and op in _FORCED:
+        return _FORCED[op]
     rows = rounded(rows)
     key = (op, shape, rows, dtype, device, variant)
     found = _CHOSEN.get(key)
@@ -91,6 +95,20 @@ def _choose(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     found = choice.best(op, rows, shape[0], shape[1], processors, usable)
     return dict(default if found is None else found)
+
+
+@contextlib.contextmanager
+def forced(op: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """Let ``choose`` return a configuration for ``op`` inside the context, whatever the tables say: to time it."""
+    before = _FORCED.get(op)
+    _FORCED[op] = dict(config)
+    try:
+        yield
+    finally:
+        if before is None:
+            _FORCED.pop(op)
+        else:
+            _FORCED[op] = before
 
 
 def remember(

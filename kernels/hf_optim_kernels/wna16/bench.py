@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..common import benchmark
 from ..common.benchmark import Contender
+from ..common.codes import Codes
 from ..common.tuner import Tunable
-from . import layer
+from . import float4, launch, layer, naive
 
 GROUP = 128
 MATH = "bfloat16"
@@ -27,6 +28,16 @@ def random_codes(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype)
     codes = torch.randint(0, 2**bits, (N, K), device=device, dtype=torch.uint8)
     scale = (torch.rand(N, K // group_size, device=device) * 0.01 + 0.001).to(dtype)
     return benchmark.codes_of(codes, scale)
+
+
+def random_floats(N: int, K: int, format: int) -> Codes:
+    """Return random 4-bit floats ``[N, K]`` with scales per group."""
+    device = benchmark.device()
+    patterns = torch.randint(0, 16, (N, K), device=device, dtype=torch.uint8)
+    low, high, kind = (40, 80, float4.E4M3) if format == float4.NVFP4 else (118, 124, float4.E8M0)
+    scale = torch.randint(low, high, (N, K // float4.GROUPS[format]), device=device, dtype=torch.uint8)
+    shared = torch.full((N, 1), 37.0, device=device) if format == float4.NVFP4 else None
+    return Codes(patterns, scale.view(kind), None, global_scale=shared)
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
@@ -46,24 +57,30 @@ def contender(name: str, N: int, K: int, M: int, bits: int, group_size: int, dty
 
 
 def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
-    """Return 4-bit codes in groups of 128 (of ``K`` if it is not a multiple), and 8-bit codes with a scale per row."""
-    return [_tunable(N, K, 4, GROUP if K % GROUP == 0 else K, dtype), _tunable(N, K, 8, K, dtype)]
+    """Return 4-bit codes in groups of 128 (of ``K`` if it is not a multiple), 8-bit codes, and 4-bit floats."""
+    found = [_tunable(N, K, 4, GROUP if K % GROUP == 0 else K, dtype), _tunable(N, K, 8, K, dtype)]
+    fitting = [format for format in launch.NAMES if K % float4.GROUPS[format] == 0]
+    return found + [_tunable(N, K, 4, float4.GROUPS[format], dtype, format) for format in fitting]
 
 
-def _tunable(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype) -> Tunable:
-    from . import launch
-
-    found = random_codes(N, K, bits, group_size, dtype)
+def _tunable(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype, format: int = 0) -> Tunable:
+    found = random_floats(N, K, format) if format else random_codes(N, K, bits, group_size, dtype)
     packed_weight = layer.PackedWeight.from_codes(found, bits, group_size, dtype, None)
     weights = [module.tensors() for module in benchmark.modules_of(packed_weight)]
+
+    def reference(x: Tensor) -> Tensor:
+        if not format:
+            return _reference(x, found, bits, group_size)
+        return x.double() @ naive.dequantize(weights[0], K, torch.float64).T
+
     return Tunable(
-        op=f"w{bits}a16",
+        op=launch.NAMES[format] if format else f"w{bits}a16",
         shape=(N, K),
         dtype=dtype,
         inputs=lambda rows: torch.randn(rows, K, device=benchmark.device()).to(dtype),
         calls=lambda x, config: [partial(launch.product, x, weight, config) for weight in weights],
-        candidates=lambda rows: launch.candidates(rows, N, K, bits),
-        reference=lambda x: _reference(x, found, bits, group_size),
+        candidates=lambda rows: launch.candidates(rows, N, K, bits, format),
+        reference=reference,
     )
 
 

@@ -358,7 +358,7 @@ def _unpack_blocks(packed: Tensor, block: int) -> Tensor:
 
 
 def _unpack_int4(packed: Tensor) -> Tensor:
-    """Return the codes uint8 [out, in] of an int4 weight [out, in / 2].
+    """Return the codes uint8 [out, in] of an int4 weight [out, in / 2], on its device: it may have left the CPU.
 
     The layout depends on the CPU, and PyTorch has no inverse. But packing only moves codes: packing the digits (base
     16) of each position's number shows where every code came from. That takes seconds for a large weight, so the layout
@@ -372,8 +372,8 @@ def _unpack_int4(packed: Tensor) -> Tensor:
     for shift in range(0, max((rows * columns - 1).bit_length(), 1), 4):
         digits = ((numbers >> shift) & 15).int()
         origin |= _nibbles(torch.ops.aten._convert_weight_to_int4pack_for_cpu(digits, 1)).long() << shift
-    codes = torch.empty(rows * columns, dtype=torch.uint8)
-    codes[origin] = _nibbles(packed)
+    codes = torch.empty(rows * columns, dtype=torch.uint8, device=packed.device)
+    codes[origin.to(packed.device)] = _nibbles(packed)
     return codes.view(rows, columns)
 
 

@@ -1,9 +1,9 @@
 """Convert codes to numbers inside a Triton kernel: two words of a register at once, by masks instead of conversions.
 
 ``0x4300 | q`` is the bfloat16 number ``128 + q`` and ``0x6400 | q`` the float16 number ``1024 + q`` for a code ``q`` of
-four bits, so one three-input logic instruction yields two numbers. Subtracting is exact. A code of eight bits is
-combined from its two halves, ``16 (128 + high) - 2304 + (128 + low) = code - 128``; each step is a whole number that
-bfloat16 represents.
+four bits, so one three-input logic instruction yields two numbers. Subtracting is exact. A code of eight bits fits in a
+float16 number; for bfloat16, ``128 +`` its low seven bits is one number, and 128 or 256, by the eighth bit, another one
+that is subtracted: ``code - 128``.
 
 The bits ``s eem`` of a 4-bit float, moved to the sign and to the two lowest bits of the exponent and the highest of the
 mantissa, are a bfloat16 (float16) number that is 2^126 (2^14) times too small: also where ``ee`` is 0, for 0.5 is a
@@ -42,33 +42,42 @@ fma.rn.TYPE $3, $3, one, off;
 }
 """
 # $0, $1 numbers of the low and the high byte, $2 words.
-_BYTES = """
+_BYTES = {
+    "bf16": """
 {
-.reg .b32 t1, t2, t3, a, b, c, d, big, shift;
-shr.u32 t1, $2, 4;
-shr.u32 t2, $2, 8;
-shr.u32 t3, $2, 12;
-lop3.b32 a, $2, 0x000F000F, MAGIC, 0xEA;
-lop3.b32 b, t1, 0x000F000F, MAGIC, 0xEA;
-lop3.b32 c, t2, 0x000F000F, MAGIC, 0xEA;
-lop3.b32 d, t3, 0x000F000F, MAGIC, 0xEA;
-mov.b32 big, SIXTEEN;
-mov.b32 shift, SHIFT;
-fma.rn.TYPE b, b, big, shift;
-fma.rn.TYPE d, d, big, shift;
-mov.b32 big, ONE;
-fma.rn.TYPE $0, a, big, b;
-fma.rn.TYPE $1, c, big, d;
-"""
+.reg .b32 t, sign, minus;
+shr.u32 t, $2, 8;
+mov.b32 minus, 0xBF80BF80;
+lop3.b32 $0, $2, 0x007F007F, MAGIC, 0xEA;
+lop3.b32 sign, $2, 0x00800080, MAGIC, 0xAE;
+fma.rn.TYPE $0, sign, minus, $0;
+lop3.b32 $1, t, 0x007F007F, MAGIC, 0xEA;
+lop3.b32 sign, t, 0x00800080, MAGIC, 0xAE;
+fma.rn.TYPE $1, sign, minus, $1;
+}
+""",
+    "fp16": """
+{
+.reg .b32 t, one, off;
+shr.u32 t, $2, 8;
+mov.b32 one, ONE;
+mov.b32 off, 0xE480E480;
+lop3.b32 $0, $2, 0x00FF00FF, MAGIC, 0xEA;
+lop3.b32 $1, t, 0x00FF00FF, MAGIC, 0xEA;
+fma.rn.TYPE $0, $0, one, off;
+fma.rn.TYPE $1, $1, one, off;
+}
+""",
+}
 
 
 def _fill(text: str, half: str) -> str:
-    # Pairs of numbers: 1, 16, -(128 + 8) or -(1024 + 8), and the shift of a high half, see the module docstring.
+    # Pairs of numbers: 1, and -(128 + 8) or -(1024 + 8).
     numbers = {
-        "bf16": ("bf16x2", "0x43004300", "0x3F803F80", "0x41804180", "0xC308C308", "0xC510C510"),
-        "fp16": ("f16x2", "0x64006400", "0x3C003C00", "0x4C004C00", "0xE408E408", "0xF448F448"),
+        "bf16": ("bf16x2", "0x43004300", "0x3F803F80", "0xC308C308"),
+        "fp16": ("f16x2", "0x64006400", "0x3C003C00", "0xE408E408"),
     }[half]
-    for name, value in zip(("TYPE", "MAGIC", "ONE", "SIXTEEN", "OFFSET", "SHIFT"), numbers, strict=True):
+    for name, value in zip(("TYPE", "MAGIC", "ONE", "OFFSET"), numbers, strict=True):
         text = text.replace(name, value)
     return text
 
@@ -154,8 +163,8 @@ FOUR_BF16, FOUR_FP16 = tl.constexpr((tl.bfloat16,) * 4), tl.constexpr((tl.float1
 TWO_BF16, TWO_FP16 = tl.constexpr((tl.bfloat16,) * 2), tl.constexpr((tl.float16,) * 2)
 NIBBLES_BF16 = tl.constexpr(_fill(_SPLIT + _SYMMETRIC, "bf16"))
 NIBBLES_FP16 = tl.constexpr(_fill(_SPLIT + _SYMMETRIC, "fp16"))
-BYTES_BF16 = tl.constexpr(_fill(_BYTES + "}", "bf16"))
-BYTES_FP16 = tl.constexpr(_fill(_BYTES + "}", "fp16"))
+BYTES_BF16 = tl.constexpr(_fill(_BYTES["bf16"], "bf16"))
+BYTES_FP16 = tl.constexpr(_fill(_BYTES["fp16"], "fp16"))
 FLOATS_FP16 = tl.constexpr(_fill(_FLOATS["fp16"] + _ZERO + _TO_NUMBER + "}", "fp16"))
 NVFP4_BF16 = tl.constexpr(_fill(_FLOATS["bf16"] + _ZERO + _SCALED_BY_WORD.replace("MOVE", _MOVE["bf16"]) + "}", "bf16"))
 NVFP4_FP16 = tl.constexpr(_fill(_FLOATS["fp16"] + _ZERO + _SCALED_BY_WORD.replace("MOVE", _MOVE["fp16"]) + "}", "fp16"))

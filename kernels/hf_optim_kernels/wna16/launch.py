@@ -13,7 +13,7 @@ from ..common.compute_type import compute_constants
 from ..common.dense import multiply_decoded, over_rows
 from ..common.launch import is_aligned, launch
 from ..common.splitk import launch_split, new_semaphores
-from . import float4, wide
+from . import float4, specialized, wide
 from .float4_kernel import _float_dense_kernel, _float_linear_kernel
 from .kernel import _dense_kernel, _linear_kernel
 from .naive import PackedTensors, slice_columns, slices_per_scale
@@ -21,19 +21,24 @@ from .naive import PackedTensors, slice_columns, slices_per_scale
 # With more rows, decoding the whole weight and the library's product are faster than the fused kernel (H200: 126
 # microseconds against 133 for 512 rows of a 14336 x 4096 layer, 83 against 70 for 256).
 MOST_ROWS = 256
+# Numbers of 4-bit floats take more instructions, in every tile again (43 microseconds against 27 for 256 rows of a
+# 4608 x 3584 layer, which takes int4 as long decoded).
+MOST_FLOAT_ROWS = 128
 _TILE_NAMES = ("KERNEL", "BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
 LIBRARY = dict(zip(_TILE_NAMES, ("library", 0, 0, 1, 0, 0), strict=True))
 # With fewer, the fused kernel is faster.
 LEAST_WIDE_ROWS = 32
+# Kernels that are written for Hopper's warp groups, by name.
+WARP_GROUPS = {"wide": wide, "specialized": specialized}
 # The names of the products with 4-bit floats, in tables of tiles.
 NAMES = {float4.NVFP4: "nvfp4", float4.MXFP4: "mxfp4"}
 # A layer whose decoded weight is larger is decoded and multiplied in parts.
 MOST_BYTES = 256 << 20
 
 
-def default(M: int, N: int, K: int, width: int) -> dict[str, Any]:
+def default(M: int, N: int, K: int, format: int = 0) -> dict[str, Any]:
     """Return a guess at the fastest tiles, from what was fast on an H200; ``M`` is a bucket."""
-    if M > MOST_ROWS:
+    if (MOST_FLOAT_ROWS if format else MOST_ROWS) < M:
         return dict(LIBRARY)
     wide = M >= 64 and N >= 8192
     block_m, block_n = max(8, min(M, 64)), 128 if wide else 64
@@ -42,7 +47,7 @@ def default(M: int, N: int, K: int, width: int) -> dict[str, Any]:
     return dict(zip(_TILE_NAMES, ("fused", block_m, block_n, split, 8 if wide else 4, 3), strict=True))
 
 
-def candidates(M: int, N: int, K: int, width: int) -> list[dict[str, Any]]:
+def candidates(M: int, N: int, K: int, width: int, format: int = 0) -> list[dict[str, Any]]:
     """Return tiles worth timing, the likeliest first; ``M`` is a bucket."""
     block_m = max(8, min(M, 64))
     shapes: list[tuple[Any, ...]] = []
@@ -54,12 +59,18 @@ def candidates(M: int, N: int, K: int, width: int) -> list[dict[str, Any]]:
         shapes = [("fused", 64, n, s, w, 3) for s in (1, 2, 4, 8) for n, w in ((64, 4), (128, 8))]
     ring = 3 if width == 4 else 2
     if M >= 64:
+        # Rows, columns, and slices of inputs on their way, as many as shared memory holds.
+        rings = ((256, 128, 4), (256, 128, 5), (128, 256, 5), (128, 128, 6), (64, 128, 8), (64, 256, 6))
+        shapes += [
+            ("specialized", m, n, s, 4, r) for m, n, r in rings for s in (1, 2, 3, 4, 6, 8)
+            if min(M, 128) <= m < 2 * M and (s == 1 or 90 < -(-N // n) * -(-M // m) * s <= 400)
+        ]  # fmt: skip
         kinds = ((64, 128, 8, ring), (128, 128, 8, ring), (256, 128, 8, ring), (128, 256, 8, ring), (64, 128, 4, ring))
         shapes += [
             ("wide", m, n, s, w, r) for m, n, w, r in kinds for s in (1, 2, 3, 4, 6, 8)
             if m < 2 * M and (s == 1 or 90 < -(-N // n) * -(-M // m) * s <= 400)
         ]  # fmt: skip
-    found = [default(M, N, K, width)] + [dict(zip(_TILE_NAMES, shape, strict=True)) for shape in shapes]
+    found = [default(M, N, K, format)] + [dict(zip(_TILE_NAMES, shape, strict=True)) for shape in shapes]
     found = [tiles for i, tiles in enumerate(found) if 256 * tiles["SPLIT"] <= K and tiles not in found[:i]]
     return found + ([LIBRARY] if M >= 128 else [])
 
@@ -70,13 +81,14 @@ def semaphores_for(N: int, device: torch.device) -> Tensor:
 
 
 def tiles_for(
-    M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device, is_wide: bool = False, format: int = 0
+    M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device, groups: tuple[str, ...] = (),
+    format: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the tiles for ``M`` rows; ``is_wide``: those of ``wide`` can run."""
-    usable = lambda tiles: is_wide or tiles["KERNEL"] != "wide"  # noqa: E731
-    guess = lambda rows: default(rows, N, K, width)  # noqa: E731
+    """Return the tiles for ``M`` rows; ``groups``: the names of ``WARP_GROUPS`` that can run."""
+    usable = lambda tiles: tiles["KERNEL"] in groups or tiles["KERNEL"] not in WARP_GROUPS  # noqa: E731
+    guess = lambda rows: default(rows, N, K, format)  # noqa: E731
     op = NAMES[format] if format else f"w{width}a16"
-    return tuning.choose(op, (N, K), M, dtype, device, guess, usable, is_wide)
+    return tuning.choose(op, (N, K), M, dtype, device, guess, usable, groups)
 
 
 def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None) -> Tensor:
@@ -166,12 +178,13 @@ def wna16(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None)
 def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None) -> Tensor:
     """Return ``x W^T + bias`` for ``x`` [M, in] with contiguous rows, M > 0, with ``tiles`` instead of the choice."""
     (M, K), N = x.shape, weight.packed.shape[1]
-    is_wide = M > LEAST_WIDE_ROWS and wide.supports(x, weight)
-    found = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device, is_wide, weight.format)
-    if found["KERNEL"] == "wide":
+    groups = tuple(name for name, module in WARP_GROUPS.items() if M > LEAST_WIDE_ROWS and module.supports(x, weight))
+    found = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device, groups, weight.format)
+    if found["KERNEL"] in WARP_GROUPS:
+        by_groups = functools.partial(WARP_GROUPS[found["KERNEL"]].product, x, weight, found)
         if tiles is not None:  # who times configurations wants this one, or its error
-            return wide.product(x, weight, tiles)
-        y = wide.attempt(functools.partial(wide.product, x, weight, found), x.device)
+            return by_groups()
+        y = wide.attempt(by_groups, x.device)
         if y is not None:
             return y
         found = tiles_for(M, N, K, weight.width, x.dtype, x.device, format=weight.format)

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 _DEVICE_ERRORS = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 
 UNIT, SLICE = 256, 64
+# What the assembly leaves added to a code of eight bits: it subtracts 128 by itself.
+BYTE_MAGIC = -128
 _HALVES = {torch.bfloat16: ("bf16", 128), torch.float16: ("fp16", 1024)}
 
 
@@ -92,6 +94,11 @@ def even_split(K: int, split: int) -> int:
     return -(-units // each)
 
 
+def magic_of(width: int, dtype: torch.dtype) -> int:
+    """Return what the assembly leaves added to a code, before it adds minus the zero point and this."""
+    return _HALVES[dtype][1] if width == 4 else BYTE_MAGIC
+
+
 def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
     """Return ``x W^T + bias`` [M, out] for operands that the kernel ``supports``."""
     from .wide_kernel import ASSEMBLY, FLOAT_ASSEMBLY, wide_kernel
@@ -104,17 +111,17 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
     split = even_split(K, tiles["SPLIT"]) if count <= semaphores.numel() else 1
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     partial = parts_memory(out, count, split, block_m * block_n, torch.float32)
-    half, magic = _HALVES[x.dtype]
+    half, _ = _HALVES[x.dtype]
     if format:
         scales, zero = SLICE // group_size, None
         assembly = tuple(FLOAT_ASSEMBLY[format, part, half] for part in range(4))
     else:
-        scales = _scales_per_unit(group_size, K)
-        assembly = tuple(ASSEMBLY[width, part, half, scales > 0] for part in range(16 // width))
+        scales = scales_per_unit(group_size, K)
+        assembly = tuple(ASSEMBLY[width, part, half, scales > 0, zero is not None] for part in range(16 // width))
     constants = {
         "GROUP": min(group_size, K), "SCALES": scales, "HAS_ZERO": zero is not None, "HAS_BIAS": bias is not None,
         "WIDTH": width, "DECODE": assembly,
-        "MAGIC": magic if width == 4 else 0, "BLOCK_M": block_m, "BLOCK_N": block_n, "IS_SPLIT": split > 1,
+        "MAGIC": magic_of(width, x.dtype), "BLOCK_M": block_m, "BLOCK_N": block_n, "IS_SPLIT": split > 1,
         "RING": ring, "FORMAT": format,
     }  # fmt: skip
     zero = divisor if format else zero
@@ -130,7 +137,7 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
     return out
 
 
-def _scales_per_unit(group_size: int, K: int) -> int:
+def scales_per_unit(group_size: int, K: int) -> int:
     """Return how many scales a row has in a unit of columns; 0 for one scale per row."""
     if group_size >= K:
         return 0

@@ -25,32 +25,33 @@ UNIT = gl.constexpr(256)
 STEP = gl.constexpr(16)
 
 
-def _assembly(width: int, part: int, half: str, is_scaled: bool) -> str:
+def _assembly(width: int, part: int, half: str, is_scaled: bool, has_zero: bool) -> str:
     """Return PTX that decodes a part of two words $1 to $0, with a scale $3.
 
-    $2 is the negative zero point; with 4 bits, minus the magic number that makes a code a number (see ``decode``).
+    $2 is what is added to a code: minus the zero point and the magic number that makes the code a number (``decode``);
+    nothing, with 8 bits and without zero points.
     """
-    kind, magic, one, big, shift = {
-        "bf16": ("bf16x2", "0x43004300", "0x3F803F80", "0x41804180", "0xC508C508"),
-        "fp16": ("f16x2", "0x64006400", "0x3C003C00", "0x4C004C00", "0xF440F440"),
-    }[half]
-    lines = [".reg .b32 low, high, one, big, shift;", f"mov.b32 one, {one};"]
-
-    def extract(name: str, place: int) -> None:
-        source = "$1"
-        if place:
-            lines.append(f"shr.u32 {name}, $1, {place};")
-            source = name
-        lines.append(f"lop3.b32 {name}, {source}, 0x000F000F, {magic}, 0xEA;")
-
-    extract("low", part * width)
-    if width == 8:
-        # 16 (magic + high) - 17 magic + (magic + low) = code, in steps that 16 bits represent.
-        extract("high", part * width + 4)
-        lines += [f"mov.b32 big, {big};", f"mov.b32 shift, {shift};", f"fma.rn.{kind} high, high, big, shift;"]
-        lines += [f"fma.rn.{kind} low, high, one, low;"]
-    lines += [f"fma.rn.{kind} low, low, one, $2;"]
-    lines += [f"mul.rn.{kind} $0, low, $3;" if is_scaled else "mov.b32 $0, low;"]
+    kind, magic, one = {"bf16": ("bf16x2", "0x43004300", "0x3F803F80"), "fp16": ("f16x2", "0x64006400", "0x3C003C00")}[
+        half
+    ]
+    lines = [".reg .b32 code, one, sign;", f"mov.b32 one, {one};"]
+    source = "$1"
+    if part:
+        lines.append(f"shr.u32 code, $1, {part * width};")
+        source = "code"
+    if width == 4:
+        lines.append(f"lop3.b32 code, {source}, 0x000F000F, {magic}, 0xEA;")
+    elif half == "bf16":
+        # 128 + the low seven bits, minus 128 where the eighth is set, else 256: the code minus 128.
+        lines += [f"lop3.b32 sign, {source}, 0x00800080, {magic}, 0xAE;"]
+        lines += [f"lop3.b32 code, {source}, 0x007F007F, {magic}, 0xEA;"]
+        lines += ["mov.b32 one, 0xBF80BF80;", "fma.rn.bf16x2 code, sign, one, code;", f"mov.b32 one, {one};"]
+    else:
+        lines += [f"lop3.b32 code, {source}, 0x00FF00FF, {magic}, 0xEA;", "mov.b32 sign, 0xE480E480;"]  # -1152
+        lines += ["fma.rn.f16x2 code, code, one, sign;"]
+    if width == 4 or has_zero:
+        lines += [f"fma.rn.{kind} code, code, one, $2;"]
+    lines += [f"mul.rn.{kind} $0, code, $3;" if is_scaled else "mov.b32 $0, code;"]
     return "{ " + " ".join(lines) + " }"
 
 
@@ -89,11 +90,12 @@ FLOAT_ASSEMBLY = {
     for part in range(4)
 }
 ASSEMBLY = {
-    (width, part, half, is_scaled): _assembly(width, part, half, is_scaled)
+    (width, part, half, is_scaled, has_zero): _assembly(width, part, half, is_scaled, has_zero)
     for width in (4, 8)
     for part in range(16 // width)
     for half in ("bf16", "fp16")
     for is_scaled in (False, True)
+    for has_zero in (False, True)
 }
 
 
