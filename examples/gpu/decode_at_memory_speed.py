@@ -11,6 +11,9 @@ run, each in a process that ends at its share of the limit:
 - section 3: ``layers``, products on layers that no table knows (``hf_optim_kernels.common.held_out``); ``peers``,
   products beside gemlite, bitsandbytes and torchao, those that are installed (``hf-optim bench --peers``).
 
+Libraries are looked for as Python does: a folder of them in ``PYTHONPATH`` will do, behind this package's own. Those
+that are missing are named on the page.
+
 ``--only`` takes sections (``1``), parts, and ``checks-1`` to ``checks-3``; a part without its checks says so. Results
 are kept in ``$OUT`` (or here) as ``decode-at-memory-speed.json``, with those of earlier runs in the same folder, and
 against the goals as ``decode-at-memory-speed.md`` (``--render`` writes this page again, and measures nothing).
@@ -37,6 +40,8 @@ OUT = Path(os.environ.get("OUT", ".")).resolve()
 NAME = "decode-at-memory-speed"
 ROWS = ("1", "16", "64", "256", "4096")
 STEPS = ("dense", "w4a16", "w8a8", "2:4-w4a16", "dense-stock", "w4a16-stock", "w8a8-stock")
+# Of the layers that no table knows, as many as fit into the time at all numbers of rows, from 1 to 8,192.
+LAYERS = ("3584x3584", "3584x18944", "4608x3584", "5120x5120", "37888x3584", "10240x8192")
 LONG = ("long", "long-8", "long-32000", "long-8-32000")
 STATIC = ("long-stock", "long-8-stock")
 
@@ -53,6 +58,7 @@ class Part(NamedTuple):
 def tests_of(*names: str) -> tuple[str, ...]:
     """Return the command of the tests that need a GPU, on several processes if pytest can."""
     many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    # pytest-benchmark, where it is installed, warns beside several processes, and warnings are errors.
     return ("-m", "pytest", "-q", "-m", "gpu", *many, *(f"{ROOT}/tests/{name}" for name in names))
 
 
@@ -73,7 +79,8 @@ PARTS = {
     "attention": Part(2, 90, (f"{HERE}/kv_cache.py", "times"), "kv-cache.json"),
     "memory": Part(2, 60, (f"{HERE}/kv_cache.py", "generate"), "kv-cache.json"),
     "caches": Part(2, 90, (f"{HERE}/stock_caches.py",), "caches.json"),
-    "layers": Part(3, 180, ("-m", "hf_optim_kernels.common.held_out", "--budget", "{seconds}"), "held-out.json"),
+    "layers": Part(3, 180, ("-m", "hf_optim_kernels.common.held_out", "--budget", "{seconds}", "--shapes", *LAYERS),
+                   "held-out.json"),
     "peers": Part(3, 120, ("-m", "hf_optim.cli", "bench", "--op", "wna16", "w8a8", "sparse24", "llm_int8", "--peers",
                            "--shape", "14336x4096", "--rows", *ROWS, "--time-limit", "{seconds}", "--output",
                            "{folder}"), "peers/results.json"),

@@ -35,7 +35,8 @@ SHARE, FASTER = 0.85, {"int8": 1.7, "int4": 2.8}
 PROPORTION = 1.1
 LEVEL = 0.97  # of the dense product
 COMPILED, CAPTURED, STATIC, DYNAMIC = "captured and compiled", "captured", "stock, static cache", "stock, dynamic cache"
-WAYS = {"graph": COMPILED, "captured": CAPTURED, "static": STATIC, "dynamic": DYNAMIC}
+EAGER = "stock, static cache, not compiled"
+WAYS = {"graph": COMPILED, "captured": CAPTURED, "static": STATIC, "static-eager": EAGER, "dynamic": DYNAMIC}
 Results = dict[str, dict[str, Any]]
 
 
@@ -133,11 +134,13 @@ def goals(results: Results) -> list[Goal]:
              step_of(results["steps"], COMPILED, scheme=scheme, batch=batch, layers=32))
         for (scheme, batch), limit in STEPS.items()
     ]  # fmt: skip
+    # Without torch.compile, stock is what it is without; below stock with it is more than the goal asks.
     for scheme in ("dense", "w4a16", "w8a8"):
-        stock = step_of(results["steps"], STATIC, scheme=scheme, batch=1, layers=32)
-        if stock is not None:
-            found = step_of(results["steps"], CAPTURED, scheme=scheme, batch=1, layers=32)
-            made.append(Goal(1, f"{scheme}, batch 1, not compiled: below stock, compiled", stock, "ms", False, found))
+        for way, name in ((EAGER, "not compiled"), (STATIC, "compiled")):
+            stock = step_of(results["steps"], way, scheme=scheme, batch=1, layers=32)
+            if stock is not None:
+                found = step_of(results["steps"], CAPTURED, scheme=scheme, batch=1, layers=32)
+                made.append(Goal(1, f"{scheme}, batch 1, not compiled: below stock, {name}", stock, "ms", False, found))
     copy, times = copy_of(results), results["attention"].get("times", {})
     for shape in SHAPES:
         rate = times.get(shape, {}).get("bf16 kernel", times.get(shape, {}).get("bf16 kernel, before", {})).get("tb_s")
@@ -220,7 +223,7 @@ def checks(run: Results) -> str:
 
 def steps(results: Results) -> str:
     """Return the tables of ``generate``."""
-    ways = (STATIC, CAPTURED, COMPILED)
+    ways = (EAGER, STATIC, CAPTURED, COMPILED)
     lines = []
     for scheme, batch in (("dense", 1), ("dense", 8), *[key for key in STEPS if key[0] != "dense"]):
         wanted = {"scheme": scheme, "batch": batch, "layers": 32}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import traceback
@@ -225,6 +226,7 @@ def main() -> None:
         "--wait", type=float, default=300.0, help="seconds until those that are ready are timed, beside the others"
     )
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
+    parser.add_argument("--after", help="time nothing before this file exists: other work has the GPU until then")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     began = time.monotonic()
@@ -259,7 +261,8 @@ def main() -> None:
     running: str | None = None
     while len(done) < len(plan) and time.monotonic() - began < args.limit:
         waited = time.monotonic() - began
-        if running is None and ready and (len(ready) + len(done) == len(plan) or waited > args.wait):
+        held = args.after is not None and not os.path.exists(args.after)
+        if running is None and ready and not held and (len(ready) + len(done) == len(plan) or waited > args.wait):
             running = ready.pop(0)
             turns[running].set()
         try:

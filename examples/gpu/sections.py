@@ -46,6 +46,11 @@ class Sections:
                 self.result[name] = {"failed": traceback.format_exc()[-800:]}
             gc.collect()
             torch.cuda.empty_cache()
-            self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+            self.keep(name, self.result[name])
 
         return run
+
+    def keep(self, name: str, value: Any) -> None:
+        """Write what a section has found so far: a limit of time may end the script before the section ends."""
+        self.result[name] = value
+        self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")

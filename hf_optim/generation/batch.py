@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from .static_cache import drops_keys, unsupported_cache
+from .static_cache import drops_keys, parts_of, unsupported_cache
 
 
 @dataclass
@@ -84,8 +84,9 @@ class Prefilled:
 
 def _shapes(cache: Any) -> tuple[Any, ...]:
     return tuple(
-        (layer.keys.shape[1::2], layer.values.shape[1::2], layer.keys.dtype, getattr(layer, "scheme", None))
-        if layer.is_initialized
+        (held.keys.shape[1::2], held.values.shape[1::2], held.keys.dtype, getattr(held, "scheme", None))
+        if held.is_initialized
         else None
         for layer in cache.layers
+        for held in parts_of(layer) or [layer]
     )

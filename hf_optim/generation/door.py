@@ -23,7 +23,7 @@ from ..toolkit.modules.graph_capture import (
 from . import sessions
 from .attention import on_kernel
 from .early_exit import door as early_exits
-from .inputs import most_positions, require_device, require_room
+from .inputs import most_positions, require_device, require_room, require_tokens
 from .loop import Decoding, WrongStep
 from .quantized_cache import reads_codes, with_wanted_cache
 from .reasons import why_stock
@@ -85,9 +85,9 @@ def generate(
         early_exit: an ``early_exit.EarlyExit`` in place of the one in the configuration; False for none.
 
     Returns what ``model.generate`` returns: tokens ``[rows, P + n]``, or with ``return_dict_in_generate`` an
-    output with ``sequences``, ``scores``, ``logits`` and the cache. Raises ``ModelError`` for an unknown mode, inputs
-    on another device than the model, a static cache that is too short, a cache of another number of rows, a model
-    without ``generate``, and logits with NaN where samples are drawn on a CPU.
+    output with ``sequences``, ``scores``, ``logits`` and the cache. Raises ``ModelError`` for an unknown mode, tokens
+    that are none, a streamer with beams, inputs on another device than the model, a static cache that is too short, a
+    cache of another number of rows, a model without ``generate``, and logits with NaN where samples are drawn on a CPU.
     """
     if not callable(getattr(model, "generate", None)):
         raise ModelError(f"{type(model).__name__} has no generate: load a model with a language modelling head first")
@@ -109,6 +109,8 @@ def generate(
     ):
         if value is not None:
             kwargs[name] = value
+    if input_ids is not None:
+        require_tokens(input_ids, kwargs.get("inputs_embeds") is not None)
     _add_stop_strings(model, kwargs)
     if synced_gpus:
         kwargs["synced_gpus"] = True
@@ -156,6 +158,8 @@ def _generate(
     device = input_ids.device
     require_device(model, {"input_ids": input_ids, **kwargs})
     require_room(input_ids, criteria, kwargs)
+    if streamer is not None and config.num_beams > 1:  # transformers does not look at it for a custom loop
+        raise ModelError("beams change until the last token, so that none can be streamed: num_beams=1, or no streamer")
     kwargs = with_wanted_cache(model, kwargs)
     if mode != "stock" and (settings := early_exits.wanted(model, early_exit)) is not None:
         return early_exits.generate(

@@ -21,6 +21,16 @@ def require_device(model: Any, inputs: dict[str, Any]) -> None:
             raise ModelError(f"{name} is on {value.device}, the model on {model.device}: move one of them")
 
 
+def require_tokens(input_ids: Any, embedded: bool) -> None:
+    """Raise ``ModelError`` unless ``input_ids`` are tokens ``[rows, tokens]``; with embeddings there may be none."""
+    if not isinstance(input_ids, Tensor):
+        raise ModelError(f"input_ids are a tensor, not a {type(input_ids).__name__}: pass return_tensors='pt'")
+    if input_ids.ndim < 2 or input_ids.dtype.is_floating_point:
+        raise ModelError(f"input_ids are whole numbers [rows, tokens], not {input_ids.dtype} {list(input_ids.shape)}")
+    if not input_ids.numel() and not embedded:
+        raise ModelError("the prompt has no tokens")
+
+
 def require_room(input_ids: Tensor, criteria: Any, kwargs: dict[str, Any]) -> None:
     """Raise ``ModelError`` for a cache of other rows than the prompt, or with a length that is too short.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from ..toolkit.attention import FIELD
+from ..toolkit.attention import FIELD, is_detached
 from ..toolkit.compat import CACHE
 from ..toolkit.modules.graph_capture import CaptureMemoryError
 from .batch import Prefilled
@@ -61,7 +61,7 @@ class Decoding:
             outputs.get(CACHE),
             next_logits(outputs),
             self.kwargs["encoder_outputs"] if self.model.config.is_encoder_decoder else None,
-            getattr(self.model.config, FIELD, None) is not None,
+            getattr(self.model.config, FIELD, None) is not None and not is_detached(self.model.config),
         )
         return self.batch
 

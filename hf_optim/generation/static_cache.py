@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from ..toolkit.attention import FixedLayer, Slots
+from ..toolkit.attention import FixedGroupsLayer, FixedLayer, Slots
 from .quantized_cache import QuantizedLayer, StaticQuantizedLayer
 
 # Tokens are read back after the first step, then after this many. Meanwhile as many steps again are launched, so that
@@ -32,7 +32,18 @@ def unsupported_cache(cache: Any) -> str | None:
 
 def drops_keys(layer: Any) -> bool:
     """Return True for a layer that holds the keys that a pattern sees, whichever checkpoint brought its class."""
-    return hasattr(layer, "visible_keys") and hasattr(layer, "extend")
+    return (hasattr(layer, "visible_keys") and hasattr(layer, "extend")) or _has_groups(layer)
+
+
+def parts_of(layer: Any) -> list[Any]:
+    """Return what holds the keys that a pattern sees: the layer, or those of its groups of heads; of others nothing."""
+    if _has_groups(layer):
+        return layer.parts
+    return [layer] if drops_keys(layer) else []
+
+
+def _has_groups(layer: Any) -> bool:
+    return hasattr(layer, "fresh") and hasattr(layer, "take")
 
 
 class StaticKeyValues:
@@ -54,12 +65,9 @@ class StaticKeyValues:
         self._layers: list[Any] = []
         self._slots: dict[Any, Slots] = {}  # of each pattern
         for given in source.layers:
-            if drops_keys(given):
-                heads = given.kept.heads
-                first = heads not in self._slots
-                if first:
-                    self._slots[heads] = Slots(heads, rows, length, 2 * WINDOW, given.keys.device)
-                self._layers.append(FixedLayer(self._slots[heads], given, rows, first))
+            if parts := parts_of(given):
+                fixed = [self._in_slots(part) for part in parts]
+                self._layers.append(fixed[0] if parts == [given] else FixedGroupsLayer(fixed, given.groups))
                 continue
             if isinstance(given, QuantizedLayer):
                 self._layers.append(given.static(rows, length))
@@ -70,6 +78,13 @@ class StaticKeyValues:
                 layer.lazy_initialization(keys, values)
             self._layers.append(layer)
         self.cache = Cache(layers=self._layers)
+
+    def _in_slots(self, given: Any) -> FixedLayer:
+        heads = given.kept.heads
+        first = heads not in self._slots
+        if first:
+            self._slots[heads] = Slots(heads, self.rows, self.length, 2 * WINDOW, given.keys.device)
+        return FixedLayer(self._slots[heads], given, self.rows, first)
 
     @property
     def knows_padding(self) -> bool:
@@ -88,12 +103,13 @@ class StaticKeyValues:
         """
         tokens = int(source.get_seq_length())
         for layer, given in zip(self._layers, source.layers, strict=True):
-            if isinstance(layer, FixedLayer):
-                keys, values, positions = given.visible_keys()
-                layer.load(keys, values)
-                if layer.first:
-                    count = positions.new_full((len(keys),), tokens) if mask is None else mask.sum(1)
-                    layer.slots.load(*(self._all_rows(part) for part in (positions.expand(len(keys), -1), count)))
+            if parts := _fixed(layer):
+                for part, held in zip(parts, parts_of(given), strict=True):
+                    keys, values, positions = held.visible_keys()
+                    part.load(keys, values)
+                    if part.first:
+                        count = positions.new_full((len(keys),), tokens) if mask is None else mask.sum(1)
+                        part.slots.load(*(self._all_rows(each) for each in (positions.expand(len(keys), -1), count)))
                 continue
             if not given.is_initialized:
                 continue
@@ -116,7 +132,7 @@ class StaticKeyValues:
         for layer in self._layers:
             if isinstance(layer, StaticQuantizedLayer):
                 layer.set_tokens(tokens)
-            elif not isinstance(layer, FixedLayer):
+            elif not _fixed(layer):
                 layer.cumulative_length.fill_(tokens)
 
     def mark(self) -> Callable[[], None]:
@@ -140,14 +156,22 @@ class StaticKeyValues:
         for index, (layer, theirs) in enumerate(zip(self._layers, target.layers, strict=True)):
             if isinstance(layer, StaticQuantizedLayer):
                 layer.unload(theirs, tokens)
-            elif isinstance(layer, FixedLayer):
-                count, rows = tokens - first, len(theirs.keys)
-                keys, values = layer.first_tokens(count)
-                theirs.extend(keys[:rows], values[:rows])
+            elif parts := _fixed(layer):
+                for part, held in zip(parts, parts_of(theirs), strict=True):
+                    rows = len(held.keys)
+                    keys, values = part.first_tokens(tokens - first)
+                    held.extend(keys[:rows], values[:rows])
             elif theirs.is_initialized:
                 rows = theirs.keys.shape[0]
                 keys, values = (t[:rows, :, first:tokens].clone() for t in (layer.keys, layer.values))
                 target.update(keys, values, index)
+
+
+def _fixed(layer: Any) -> list[FixedLayer]:
+    """Return the layers in slots that a layer is or has."""
+    if isinstance(layer, FixedGroupsLayer):
+        return layer.parts
+    return [layer] if isinstance(layer, FixedLayer) else []
 
 
 def next_logits(outputs: Any) -> Tensor:

@@ -168,6 +168,37 @@ def test_tensors_on_another_device(llama, name, direct):
         call(**inputs)
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ([[1, 2]], "are a tensor, not a list"),
+        (torch.tensor([1, 2, 3]), r"\[rows, tokens\], not torch.int64 \[3\]"),
+        (torch.tensor([[1.5, 2.0]]), "whole numbers"),
+        (torch.zeros((1, 0), dtype=torch.long), "no tokens"),
+    ],
+    ids=["list", "one-dimension", "floats", "empty"],
+)
+@pytest.mark.parametrize("mode", ["auto", "eager"])
+def test_tokens_that_are_none(llama, given, why, mode):
+    with pytest.raises(hf_optim.ModelError, match=why):
+        hf_optim.generate(llama, given, max_new_tokens=4, mode=mode)
+    assert torch.equal(*both(llama, prompt(llama)))
+
+
+@pytest.mark.parametrize("mode", ["auto", "eager", "stock"])
+def test_beams_are_not_streamed(llama, mode):
+    class Silent:
+        def put(self, value):
+            pass
+
+    for direct in (True, False):
+        call = partial(hf_optim.generate, llama, mode=mode)
+        if not direct:
+            call = partial(llama.generate, custom_generate=partial(hf_optim.generate, mode=mode))
+        with pytest.raises(hf_optim.ModelError, match="num_beams=1, or no streamer"):
+            call(**prompt(llama), max_new_tokens=4, num_beams=2, streamer=Silent())
+
+
 def prepared(model):
     """A configuration as transformers passes it to a custom loop."""
     seen = []

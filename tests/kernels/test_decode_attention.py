@@ -217,6 +217,18 @@ def test_a_long_text_compiles_a_few_kernels(processors):
     assert 1 <= len(combine) <= launch.MOST_PIECES.bit_length() - 1
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_attention_begins_early_where_it_is_switched_on(ahead, monkeypatch):
+    """The sum of pieces does in both cases; that it lets the next launch begin is of use to attention alone."""
+    monkeypatch.setattr(launch, "AHEAD", ahead)
+    with launches_on(launch) as found:
+        query, key = (torch.empty(1, n, m, 128, device="cuda", dtype=torch.float16) for n, m in ((8, 1), (2, 4096)))
+        launch.decode_attention(query, key, key, None, None, None, 0.2, 0.0)
+    attend, combine = (each["constants"] for each in found)
+    assert (attend["EARLY"], attend["AHEAD"], combine["EARLY"], combine["AHEAD"]) == (True, ahead, True, ahead)
+    assert {each["fetched"] for each in launch.candidates()} == ({0, 2} if ahead else {2})
+
+
 def test_what_it_does_not_take():
     query, key, value = tensors("grouped", torch.bfloat16, "cpu")
     assert op.unsupported(query, key, value, None) is None

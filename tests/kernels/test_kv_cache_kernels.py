@@ -192,7 +192,7 @@ def test_the_kernel(name, dtype, device, monkeypatch):
     query, key, value = tensors("grouped", dtype, device)
     store, quantized = filled(fmt, key, value, room=9)
     tokens = key.shape[2]
-    assert launch.pieces(4, capacity(store, fmt), 4 * launch.RESIDENT[fmt.bits]) > 1
+    assert launch.pieces(4, capacity(store, fmt), 4 * launch.SETTINGS[fmt.bits].resident) > 1
     for mask, sinks, softcap in (
         (None, None, 0.0),
         (mask_of("grouped", device), torch.linspace(-1, 3, query.shape[1], device=device), 2.5),

@@ -69,6 +69,8 @@ def tune_ops(
                     results.left_out.append(f"tuning of {op} {N}x{K} with {M} rows")
                     continue
                 for tunable in found:
+                    if tunable.any_rows and max(rows) != M:
+                        continue
                     log.info("%s %dx%d M=%d: %s", op, N, K, M, tunable.tune(M))
 
 

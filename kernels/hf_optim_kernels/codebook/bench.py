@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 from ..common import benchmark
 from ..common.benchmark import Contender
+from ..common.tuner import Tunable
 from . import layer, naive
 
 # Of the weights of a real model, three in a thousand are outliers.
@@ -21,6 +23,27 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
     weight = torch.randn(N, K, device=benchmark.device()).to(dtype) * 0.02
     x = torch.randn(M, K, device=benchmark.device()).to(dtype)
     return [*found, benchmark.dense_contender(x, weight, MATH)]
+
+
+def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
+    """Return random layers of shape [N, K], of 2, 3 and 4 bits; for many rows, weights are decoded without tiles."""
+    return [_tunable(N, K, bits, dtype) for bits in (2, 3, 4)]
+
+
+def _tunable(N: int, K: int, bits: int, dtype: torch.dtype) -> Tunable:
+    from . import launch
+
+    packed = layer.prepack(random_module(N, K, bits, dtype))
+    weights = [module.tensors() for module in benchmark.modules_of(packed)]
+    return Tunable(
+        op=f"codebook{bits}",
+        shape=(N, K),
+        dtype=dtype,
+        inputs=lambda rows: torch.randn(rows, K, device=benchmark.device(), dtype=dtype),
+        calls=lambda x, config: [partial(launch.fused, x, weight, config) for weight in weights],
+        candidates=lambda rows: launch.candidates(rows, N, K) if rows <= launch.MOST_ROWS else [],
+        reference=lambda x: x.double() @ naive.dequantize(weights[0], K, torch.float64).T,
+    )
 
 
 def random_module(N: int, K: int, bits: int, dtype: torch.dtype) -> SimpleNamespace:

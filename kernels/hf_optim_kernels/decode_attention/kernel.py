@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common.compute_type import FP32
+from ..common.prefetch import fetch_lines
 
 UNIT = tl.constexpr(16)
 
@@ -22,7 +23,8 @@ def _attend_kernel(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_n, r_b,
     GROUP: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, FULL: tl.constexpr, WHOLE: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr, EARLY: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    FETCHED: tl.constexpr,
 ):  # fmt: skip
     """Attention over one piece of the cache; unless WHOLE, its sums, which ``_combine_kernel`` adds up.
 
@@ -30,11 +32,21 @@ def _attend_kernel(
     heads of ``Q`` tokens. ``scale`` includes log2(e). ``ranges`` [B, Q, 3] int32: first and end of the positions, and
     how many of them are allowed. ``part`` [SPLIT, B Q H, DV] float32, ``sums`` [SPLIT, B Q H, 2]: the largest score and
     the sum of powers of 2. FULL: D and DV fill their blocks. EARLY: the next launch may begin meanwhile.
+    AHEAD: this one begins while the one before still runs; without ranges it then fetches ``FETCHED`` positions into
+    the L2 cache, where what is written meanwhile is seen, too.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     piece, pair = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
+    keys = key + b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
+    values = value + b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
+    if AHEAD:
+        if FETCHED and not HAS_RANGES:
+            begin = (N + UNIT - 1) // UNIT * piece // SPLIT * UNIT
+            fetch_lines(keys, begin, N, k_n, D, FETCHED, BLOCK_D * key.dtype.element_ty.primitive_bitwidth // 8)
+            fetch_lines(values, begin, N, v_n, DV, FETCHED, BLOCK_DV * value.dtype.element_ty.primitive_bitwidth // 8)
+        tl.extra.cuda.gdc_wait()
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     real = rows < GROUP * Q
     head, token = g * GROUP + rows // Q, rows % Q
@@ -71,8 +83,6 @@ def _attend_kernel(
             top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
             total = tl.full((ROWS,), 1.0, tl.float32)
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-    keys = key + b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
-    values = value + b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
     # Within a block offsets are small and the same in each; where the block begins may be beyond 2^31.
     in_block = tl.arange(0, BLOCK_N)
     k_in_block = in_block[None, :] * k_n + d[:, None]
@@ -132,12 +142,15 @@ def _attend_kernel(
 @triton.jit(do_not_specialize=["SPLIT"])
 def _combine_kernel(
     part, sums, out, size, SPLIT, DV, SPLITS: tl.constexpr, STEP: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Add up the pieces of a row and ``BLOCK_DV`` channels: out [size, DV]. ``SPLITS`` is a power of two.
 
-    With EARLY it begins while the pieces are being computed, and waits for them.
+    With EARLY it begins while the pieces are being computed, and waits for them; with AHEAD the next launch may begin
+    then, too.
     """
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     if EARLY:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)

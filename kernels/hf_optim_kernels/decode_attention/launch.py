@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ..common import tuning
 from ..common.compute_type import compute_constants
 from ..common.launch import begins_early, is_aligned, launch
 from .kernel import _attend_kernel, _combine_kernel
 
-# Positions of a block, warps, blocks whose loads are under way, and programs that a multiprocessor runs at once: the
-# fastest on an H200, and for GPUs with less shared memory than its programs take.
-FASTEST, SMALLER = (128, 4, 3, 1), (64, 4, 3, 2)
+OP = "decode-attention"
+
+
+class Setting(NamedTuple):
+    """How programs run.
+
+    Attributes:
+        block: positions that a program reads at once, of heads of 128 in 16 bits.
+        warps: of a program with up to 32 rows; more rows have twice as many.
+        stages: blocks whose loads are under way.
+        resident: programs that a multiprocessor runs at once.
+        fetched: blocks that a program without ranges fetches into the L2 cache before it waits for the launch before
+            (``AHEAD``).
+    """
+
+    block: int
+    warps: int
+    stages: int
+    resident: int
+    fetched: int = 2
+
+
+# The fastest on an H200, and for GPUs with less shared memory than its programs take.
+FASTEST, SMALLER = Setting(128, 4, 3, 1), Setting(64, 4, 3, 2)
 SHARED_MEMORY = 144_000
 # The most rows of a program: heads of a group times new tokens.
 MOST_ROWS = 64
@@ -25,8 +48,11 @@ STARTUP, RATE = 2.0, 32_000
 # The launch that adds up pieces, in microseconds.
 COMBINE = 2.5
 MOST_PIECES = 256
-# Whether the launch that adds up pieces begins before they are computed, where the device can.
+# Whether the launch that adds up pieces begins while they are computed, where the device can.
 EARLY = True
+# Whether attention, too, begins before the launch before has ended, and lets the one after it begin: not timed on a
+# device yet.
+AHEAD = False
 # Channels of a program that adds up pieces, which loads all of them at once.
 CHUNK = 32
 
@@ -66,6 +92,25 @@ def pieces(pairs: int, positions: int, block: int, row_bytes: int, slots: int, r
     return best
 
 
+def setting_of(query: Tensor, block_d: int, block_dv: int) -> Setting:
+    """Return how programs run: as a tuning table says (``decode-attention 128x128x1``), else as on an H200."""
+    first = FASTEST if query.is_cuda and _has_room(query.device.index) else SMALLER
+    found = tuning.choose(
+        OP, (block_d, block_dv), 1, query.dtype, query.device, lambda rows: first._asdict(), variant=first
+    )
+    return Setting(**found)
+
+
+def candidates() -> list[dict[str, int]]:
+    """Return settings worth timing, the default first."""
+    others = [
+        Setting(block, warps, stages, resident, fetched)
+        for block, resident in ((128, 1), (64, 2), (64, 1), (32, 3)) for warps in (4, 8) for stages in (3, 4)
+        for fetched in ((2, 0) if AHEAD else (FASTEST.fetched,))
+    ]  # fmt: skip
+    return [each._asdict() for each in (FASTEST, *(each for each in others if each != FASTEST))]
+
+
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -87,7 +132,7 @@ def decode_attention(
     chunks = triton.cdiv(group * Q, rows)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (D, DV))
     row_bytes = (D + DV) * query.element_size()
-    most, warps, stages, resident = FASTEST if query.is_cuda and _has_room(query.device.index) else SMALLER
+    most, warps, stages, resident, fetched = setting_of(query, block_d, block_dv)
     # As many bytes of a block as with heads of 128 and 16 bits.
     block = max(16, most * 512 // max(512, 2 * block_d * query.element_size(), 2 * block_dv * query.element_size()))
     warps = warps if rows <= 32 else 2 * warps
@@ -106,7 +151,9 @@ def decode_attention(
         "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
         "MATH": compute_constants(query.dtype, _attend_kernel)["MATH"],
     }  # fmt: skip
-    constants["EARLY"] = split > 1 and early(query)
+    begins = ahead(query)
+    constants["EARLY"], constants["AHEAD"] = split > 1 and early(query), begins
+    constants["FETCHED"] = fetched * block
     log2e = math.log2(math.e)
     given = (
         query, key, value, query if masks is None else masks, query if ranges is None else ranges,
@@ -119,7 +166,7 @@ def decode_attention(
     )  # fmt: skip
     launch(
         _attend_kernel, (split, B * G, chunks), (*given, scale * log2e, softcap * log2e, *numbers), constants,
-        num_warps=warps, num_stages=stages, key=cache_key,
+        num_warps=warps, num_stages=stages, key=cache_key, early=begins,
     )  # fmt: skip
     if split > 1:
         combine(part, sums, out, size, split, DV)
@@ -131,15 +178,23 @@ def early(tensor: Tensor) -> bool:
     return EARLY and begins_early(tensor)
 
 
+def ahead(tensor: Tensor) -> bool:
+    """Return True if attention begins before the launch before it has ended."""
+    return AHEAD and begins_early(tensor)
+
+
 def combine(part: Tensor, sums: Tensor, out: Tensor, size: int, split: int, channels: int) -> None:
     """Add up ``split`` pieces of ``size`` rows into ``out``: see ``_combine_kernel``."""
     splits = triton.next_power_of_2(split)
     block = min(CHUNK, triton.next_power_of_2(channels))
-    ahead = early(out)
-    constants = {"SPLITS": splits, "STEP": min(splits, 8192 // block), "BLOCK_DV": block, "EARLY": ahead}
+    begins = early(out)
+    constants = {
+        "SPLITS": splits, "STEP": min(splits, 8192 // block), "BLOCK_DV": block, "EARLY": begins,
+        "AHEAD": begins and ahead(out),
+    }  # fmt: skip
     launch(
         _combine_kernel, (size, triton.cdiv(channels, block), 1), (part, sums, out, size, split, channels), constants,
-        num_warps=4, num_stages=1, early=ahead,
+        num_warps=4, num_stages=1, early=begins,
         key=(out.dtype, is_aligned(part), is_aligned(sums), is_aligned(out), _kind(size), _kind(channels),
              *constants.values()),
     )  # fmt: skip

@@ -5,6 +5,7 @@ The blocks are the largest powers of two that divide ``N``; ``K`` is not used. `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..common import benchmark
 from ..common.benchmark import Contender
+from ..common.tuner import Tunable, variations, with_config
 from . import naive, op
 
 
@@ -34,6 +36,32 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
             quantized(held[0][0], block),
         ),
         Contender("dense", [partial(dense, one, matrix) for (one,) in held], moved, 2 * x.numel() * block, dense=True),
+    ]
+
+
+def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
+    """Return the transform of rows of ``N`` channels: the channels of a program, and of a warp."""
+    from . import launch
+
+    block = N & -N
+
+    def calls(x: Tensor, config: dict[str, int]) -> list[Callable[[], Tensor]]:
+        run = [partial(op.hadamard, one, block) for (one,) in benchmark.copies_of((x,))]
+        return [with_config(launch.OP, config, call) for call in run]
+
+    return [
+        Tunable(
+            op=launch.OP,
+            shape=(N, block),
+            dtype=dtype,
+            inputs=lambda rows: torch.randn(rows, N, device=benchmark.device()).to(dtype),
+            calls=calls,
+            candidates=lambda rows: variations(
+                launch.DEFAULT, tile=(1024, 2048, 8192, 16384), per_warp=(128, 256, 1024)
+            ),
+            reference=lambda x: naive.hadamard(x.double(), block),
+            any_rows=True,
+        )
     ]
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common import tuning
 from ..common.dense import as_rows
 from ..common.launch import is_aligned, launch
 from ..common.support import unsupported_dtype
@@ -14,8 +15,9 @@ from .kernel import hadamard_kernel
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_CHANNELS = 32768
 """Channels that a program holds in registers: a block, or a row that is quantized."""
-TILE = 4096
-"""Channels of a program that does not quantize, at most, unless a block has more."""
+OP = "hadamard"
+DEFAULT = {"tile": 4096, "per_warp": 512}
+"""Channels of a program that does not quantize, at most, unless a block has more, and channels of a warp."""
 
 
 def unsupported(x: Tensor, block: int, quantize: bool = False) -> str | None:
@@ -37,13 +39,14 @@ def hadamard(x: Tensor, block: int, quantize: bool = False) -> tuple[Tensor, Ten
         return out, scales.fill_(eps)
     count = channels // block
     every = triton.next_power_of_2(count)
-    blocks = every if quantize else min(every, max(1, TILE // block))
+    sizes = tuning.choose(OP, (channels, block), 1, x.dtype, x.device, lambda rows: DEFAULT)
+    blocks = every if quantize else min(every, max(1, sizes["tile"] // block))
     constants = {
         "BLOCKS": blocks, "BLOCK": block, "STAGES": block.bit_length() - 1, "QUANTIZE": quantize, "EPS": eps,
     }  # fmt: skip
-    key = (*constants.values(), channels, flat.stride(0), flat.dtype, is_aligned(flat))
+    warps = min(16, max(1, blocks * block // sizes["per_warp"]))
+    key = (*constants.values(), warps, channels, flat.stride(0), flat.dtype, is_aligned(flat))
     args = (flat, out, scales if quantize else out, channels, flat.stride(0), block**-0.5)
-    warps = min(16, max(1, blocks * block // 512))
     grid = (rows, -(-count // blocks), 1)
     launch(hadamard_kernel, grid, args, constants, num_warps=warps, num_stages=1, key=key, device=x.device)
     return out, scales

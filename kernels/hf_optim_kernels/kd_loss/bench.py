@@ -5,6 +5,7 @@ A "layer of ``N`` outputs" is a vocabulary of ``N`` here, and ``K`` is not used:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..common import benchmark
 from ..common.benchmark import Contender
+from ..common.tuner import Tunable, variations, with_config
 from . import naive, op
 
 TEMPERATURE, BETA = 2.0, 0.5
@@ -35,6 +37,37 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
     exact = naive.gradient(student.double(), teacher.double(), None, upstream, TEMPERATURE, "forward", BETA)
     calls = [partial(plain, one, other) for one, other in held]
     return [*found, Contender("plain formula", calls, bound, FLOPS * M * N, exact, "", graph=False, dense=True)]
+
+
+def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
+    """Return the loss with its gradient over ``N`` classes: the columns that programs take at a time."""
+    from . import launch
+
+    def calls(x: Tensor, config: dict[str, int]) -> list[Callable[[], Tensor]]:
+        upstream = torch.full((len(x),), 1.0 / len(x), device=x.device)
+        given = benchmark.copies_of((x, x.flip(0).contiguous()))
+        run = [partial(_fused, student, teacher, upstream, "forward") for student, teacher in given]
+        return [with_config(launch.OP, config, call) for call in run]
+
+    def reference(x: Tensor) -> Tensor:
+        upstream = torch.full((len(x),), 1.0 / len(x), device=x.device)
+        given = x.double(), x.flip(0).double(), None, upstream
+        return naive.gradient(*given, TEMPERATURE, "forward", BETA)
+
+    return [
+        Tunable(
+            op=launch.OP,
+            shape=(N, 1),
+            dtype=dtype,
+            inputs=lambda rows: torch.randn(rows, N, device=benchmark.device()).mul_(3).to(dtype),
+            calls=calls,
+            candidates=lambda rows: variations(
+                launch.DEFAULT, step=(1024, 2048, 4096, 8192), piece=(512, 1024, 2048, 4096, 8192)
+            ),
+            reference=reference,
+            any_rows=True,
+        )
+    ]
 
 
 def _fused(student: Tensor, teacher: Tensor, upstream: Tensor, direction: str) -> Tensor:

@@ -11,24 +11,24 @@ from .numbers import float8_code, rounded
 @triton.jit
 def _codes(x, low, scale, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr):
     """Return the codes of float32 numbers, as ``naive.quantize``; ``low`` is their least if ZEROS."""
-    OFFSET: tl.constexpr = 1 << (BITS - 1)
+    HALF: tl.constexpr = 1 << (BITS - 1)
     if FLOAT8:
         code = float8_code(tl.minimum(tl.maximum(tl.div_rn(x, scale), -448.0), 448.0))
     elif ZEROS:
-        code = tl.minimum(tl.maximum(rounded(tl.div_rn(x - low, scale)), 0.0), 2.0 * OFFSET - 1).to(tl.int32)
+        code = tl.minimum(tl.maximum(rounded(tl.div_rn(x - low, scale)), 0.0), 2.0 * HALF - 1).to(tl.int32)
     else:
-        code = tl.minimum(tl.maximum(rounded(tl.div_rn(x, scale)), 1.0 - OFFSET), OFFSET - 1.0).to(tl.int32) + OFFSET
+        code = tl.minimum(tl.maximum(rounded(tl.div_rn(x, scale)), 1.0 - HALF), HALF - 1.0).to(tl.int32) + HALF
     return code
 
 
 @triton.jit
 def _scale(low, high, BITS: tl.constexpr, FLOAT8: tl.constexpr, ZEROS: tl.constexpr):
-    OFFSET: tl.constexpr = 1 << (BITS - 1)
+    HALF: tl.constexpr = 1 << (BITS - 1)
     if ZEROS:
-        span, levels = high - low, 2.0 * OFFSET - 1
+        span, levels = high - low, 2.0 * HALF - 1
     else:
         span = tl.maximum(tl.abs(low), tl.abs(high))
-        levels = 448.0 if FLOAT8 else OFFSET - 1.0
+        levels = 448.0 if FLOAT8 else HALF - 1.0
     return tl.maximum(tl.div_rn(span, tl.zeros_like(span) + levels), 8.673617379884035e-19)
 
 
@@ -56,7 +56,7 @@ def _append_kernel(
     b, g = (pair // G).to(tl.int64), pair % G
     pair_at = pair.to(tl.int64)
     TILE: tl.constexpr = PER * SUB
-    OFFSET: tl.constexpr = 1 << (BITS - 1)
+    OFFSET: tl.constexpr = 0 if BITS == 4 and ZEROS else 1 << (BITS - 1)
     # Places of a word that a step fills.
     RUN: tl.constexpr = PER if STEP >= TILE else STEP // SUB
     tokens, coded = tl.load(state), tl.load(state + 1)

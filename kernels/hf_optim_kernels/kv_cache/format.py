@@ -65,8 +65,12 @@ class Format(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """The code of zero: a value is ``scale * (code - offset) + zero``. float8 codes have none."""
-        return 1 << (self.bits - 1)
+        """The code of ``zero``: a value is ``scale * (code - offset) + zero``. float8 codes have none.
+
+        With zero points, four bits have 0: the kernel then has no sum of an offset to take back. (The rounding of a
+        channel's scaled query, or of a weight, is multiplied by a code less the offset: of eight bits, half of them.)
+        """
+        return 0 if self.bits == 4 and not self.symmetric else 1 << (self.bits - 1)
 
     def quantized(self, tokens: int, before: int = 0) -> int:
         """Return how many of ``tokens`` are quantized, ``before`` of them already: whole steps, from the first on."""

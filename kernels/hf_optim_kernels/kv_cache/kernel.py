@@ -71,7 +71,7 @@ def _attend_kernel(
     TILE: tl.constexpr = PER * SUB
     # Whether a tile has codes of all its tokens, or of none.
     WHOLE: tl.constexpr = STEP % TILE == 0
-    OFFSET: tl.constexpr = 0 if FLOAT8 else 1 << (BITS - 1)
+    OFFSET: tl.constexpr = 0 if FLOAT8 or (BITS == 4 and ZEROS) else 1 << (BITS - 1)
     tokens = tl.minimum(tl.load(state) + NEW, N)
     coded = tl.maximum(tl.load(state + 1), tl.maximum((tokens - RESIDUAL) // STEP * STEP, 0))
     rows = tl.arange(0, ROWS)
@@ -116,9 +116,9 @@ def _attend_kernel(
         key_range = 1.0
         if not PER_TOKEN:
             nearby = tl.load(scales + tl.minimum(low, tl.maximum(coded - 1, 0)) // KGROUP * DP + d)
-            largest_scale = tl.minimum(tl.maximum(tl.max(nearby), 0.015625), 16384.0)
+            largest_scale = tl.minimum(tl.maximum(tl.max(nearby), 8.673617379884035e-19), 1.152921504606847e18)
             key_range = (largest_scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        over_range = (wide / key_range).to(qs.dtype)
+        over_range = 1.0 / key_range
         code_scale = row_scale * key_range
         acc = tl.zeros((DVP, ROWS), tl.float32)
         total = tl.zeros((SUB, ROWS), tl.float32)
@@ -185,7 +185,7 @@ def _attend_kernel(
                                                             zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
                                                             MATH, ASM)  # fmt: skip
             base = new_base
-        if not SIGNED and not FLOAT8:
+        if OFFSET != 0 and not SIGNED:
             # All rows of ``code_sum`` are equal.
             acc -= OFFSET * tl.max(code_sum, axis=0)[None, :]
         if ZEROS:

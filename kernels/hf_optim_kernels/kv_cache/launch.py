@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ..common import tuning
 from ..common.compute_type import FP16, FP32, compute_constants
 from ..common.launch import is_aligned, launch
 from ..decode_attention.launch import combine, early
@@ -17,10 +19,24 @@ from .format import Format, Store, padded
 from .kernel import _attend_kernel
 from .numbers import BITS_ASM, CONVERTING, PLAIN, units
 
-# Programs of one warp that a multiprocessor runs at once, by bits (as their registers and shared memory allow).
-RESIDENT = {8: 10, 4: 9}
-# Tiles whose loads are under way.
-STAGES = 3
+
+class Setting(NamedTuple):
+    """How programs of one warp run.
+
+    Attributes:
+        resident: programs that a multiprocessor runs at once, as their registers and shared memory allow.
+        stages: tiles whose loads are under way, with the one that is computed.
+        registers: most registers of a thread; 0: as many as the compiler takes.
+    """
+
+    resident: int
+    stages: int = 3
+    registers: int = 0
+
+
+# By bits, the fastest on an H200. One more fits of symmetric formats, which need fewer registers: not timed on a device
+# yet, and among the candidates of ``bench``.
+SETTINGS = {8: Setting(10), 4: Setting(9)}
 # Tokens in full precision that a program reads at once, for heads of 128; the interpreter takes as long for any number.
 TAIL, INTERPRETED_TAIL = 16, 128
 # The least terms of a sum that a tensor core takes: weights times values are summed over the tokens of a block.
@@ -66,6 +82,20 @@ def tail_block(most: int, dp: int, dvp: int) -> int:
     return max(LEAST_TAIL, most * 128 // max(128, dp, dvp))
 
 
+def name_of(fmt: Format) -> str:
+    """Return the name of a format's entries in tuning tables."""
+    return f"kv-attention-{'float' if fmt.float8 else 'int'}{fmt.bits}{'' if fmt.symmetric else '-zeros'}"
+
+
+def setting_of(fmt: Format, dp: int, dvp: int, query: Tensor) -> Setting:
+    """Return how programs run: as a tuning table says (``kv-attention-int4 128x128x1``), else as on an H200."""
+
+    def guess(_: int) -> dict[str, int]:
+        return SETTINGS[fmt.bits]._asdict()
+
+    return Setting(**tuning.choose(name_of(fmt), (dp, dvp), 1, query.dtype, query.device, guess))
+
+
 def attend(
     query: Tensor, state: Tensor, new: int, longest: int, store: Store, fmt: Format, mask: Tensor | None,
     sinks: Tensor | None, scale: float, softcap: float,
@@ -83,7 +113,10 @@ def attend(
     tiles = store.key_words.shape[2]
     # A warp has the sums of 8 rows of 128 channels in its registers.
     warps = min(4, max(1, rows * max(dp, dvp) // 1024)) if query.dtype != torch.float32 else 4
-    resident = max(1, RESIDENT[fmt.bits] // warps)
+    setting = setting_of(fmt, dp, dvp, query)
+    resident = max(1, setting.resident // warps)
+    # Of several warps, each has a part of the sums, and needs no bound.
+    registers = setting.registers if warps == 1 else 0
     split = pieces(B * G, tiles * fmt.tile, resident * _processors(query.device))
     width = triton.cdiv(tiles, split)
     split = triton.cdiv(tiles, width)
@@ -118,11 +151,11 @@ def attend(
     numbers = (*fixed, longest, tiles, width, split, new, *strides, m_b, m_n)
     key = (
         *(t.dtype for t in given), *(is_aligned(t) for t in given), fixed, strides,
-        *constants.values(), warps, STAGES,
+        *constants.values(), warps, setting.stages, registers,
     )  # fmt: skip
     launch(
         _attend_kernel, (count, B * G, 1), (*given, scale * log2e, softcap * log2e, *numbers), constants,
-        num_warps=warps, num_stages=STAGES, key=key,
+        num_warps=warps, num_stages=setting.stages, key=key, registers=registers,
     )  # fmt: skip
     combine(part, sums, out, size, count, DV)
     return out

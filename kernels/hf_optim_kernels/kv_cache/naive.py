@@ -6,8 +6,8 @@ A vector ``x`` (the values of a token and head; the keys of one, or a channel of
     asymmetric:  scale = (max x - min x) / (2^bits - 1),  code = round((x - min x) / scale)
     float8:      scale = max |x| / 448,                   code = e4m3(x / scale)
 
-and the values ``scale * (code - offset) + zero``, ``offset = 2^(bits-1)``, ``zero = min x + offset * scale`` (0 if
-symmetric); ``scale * code`` for float8.
+and the values ``scale * (code - offset) + zero``, ``offset = 2^(bits-1)``, or 0 for four asymmetric bits,
+``zero = min x + offset * scale`` (0 if symmetric); ``scale * code`` for float8.
 """
 
 from __future__ import annotations

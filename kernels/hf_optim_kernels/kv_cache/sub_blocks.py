@@ -27,8 +27,8 @@ def group_query(
 ):  # fmt: skip
     """Return queries times the scales of a group [DP, ROWS], and the group's terms of scores [SUB, ROWS].
 
-    With scales of tokens, the queries and their sums over channels. ``over_range`` is the queries over what
-    ``code_scale`` is more than ``row_scale``.
+    With scales of tokens, the queries and their sums over channels. ``over_range`` is ``row_scale`` over
+    ``code_scale``, a power of two by which scales are about 1.
     """
     # Sums over channels are products with equal rows: their result is where scores are.
     rest = tl.zeros((SUB, q.shape[1]), tl.float32)
@@ -36,7 +36,8 @@ def group_query(
         scaled = q
         rest = tl.dot(tl.full((SUB, DP), 1.0, q.dtype), q, input_precision="ieee")
     else:
-        scaled = (over_range.to(tl.float32) * tl.load(scales + group * DP + d)[:, None]).to(q.dtype)
+        # Two products of float16 are one instruction; a scale's rounding is that of its product again.
+        scaled = q * (tl.load(scales + group * DP + d) * over_range).to(q.dtype)[:, None]
         if OFFSET != 0:
             rest = tl.dot(tl.full((SUB, DP), -OFFSET, q.dtype), scaled, input_precision="ieee") * code_scale[None, :]
         if ZEROS:
@@ -143,10 +144,11 @@ def add_pairs(
     v0 = numbers(words, PLACE, BITS, FLOAT8, False, EVEN, MATH, ASM)
     v1 = numbers(words, PLACE + 1, BITS, FLOAT8, False, ODD, MATH, ASM)
     w0, w1 = (p0 - p1).to(v0.dtype), p1.to(v1.dtype)
-    # The sum of the weights that the codes were multiplied by, in every row.
-    ones0 = tl.full((SUB, SUB), 1.0 / EVEN, v0.dtype)
-    ones1 = tl.full((SUB, SUB), 1.0 / EVEN + 1.0 / ODD, v1.dtype)
-    code_sum = tl.dot(ones0, w0, code_sum, input_precision="ieee")
-    code_sum = tl.dot(ones1, w1, code_sum, input_precision="ieee")
+    if not ZEROS:
+        # The sum of the weights that the codes were multiplied by, in every row.
+        ones0 = tl.full((SUB, SUB), 1.0 / EVEN, v0.dtype)
+        ones1 = tl.full((SUB, SUB), 1.0 / EVEN + 1.0 / ODD, v1.dtype)
+        code_sum = tl.dot(ones0, w0, code_sum, input_precision="ieee")
+        code_sum = tl.dot(ones1, w1, code_sum, input_precision="ieee")
     acc = tl.dot(v0, w0, acc, input_precision="ieee")
     return tl.dot(v1, w1, acc, input_precision="ieee"), total, zero_sum, code_sum

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common import tuning
 from ..common.launch import begins_early, is_aligned, launch
 from ..experts.activation import GELU, GELU_TANH, RELU, SILU
 from .joined import MOST_NUMBERS, _sum_kernel, _units_kernel
@@ -78,6 +79,25 @@ def default_tiles(layer: Layer) -> Tiles:
     return Tiles(*first, 4, b, *second[1:], *third)
 
 
+def name_of(layer: Layer) -> str:
+    """Return the name of a layer's entries in tuning tables."""
+    return f"sparse-ffn{layer.up.bits}"
+
+
+def shape_of(layer: Layer) -> tuple[int, ...]:
+    """Return what precedes the rows in the key of an entry: outputs, inputs, units, and units of a block."""
+    return layer.down.columns, layer.first.shape[1], len(layer.second), layer.block
+
+
+def chosen_tiles(x: Tensor, layer: Layer) -> Tiles:
+    """Return the tiles of a tuning table, else the default ones."""
+
+    def guess(_: int) -> dict[str, Any]:
+        return default_tiles(layer)._asdict()
+
+    return Tiles(**tuning.choose(name_of(layer), shape_of(layer), len(x), x.dtype, x.device, guess))
+
+
 def unsupported(x: Tensor, layer: Layer) -> str | None:
     """Return why the kernels do not compute a layer for ``x``; None if they do."""
     if x.dtype not in DTYPES:
@@ -139,7 +159,7 @@ def sparse_ffn(x: Tensor, layer: Layer, tiles: Tiles | None = None) -> Tensor:
     """Return ``naive.sparse_ffn``; all tensors are contiguous."""
     if len(x) == 0:
         return x.new_empty((0, layer.down.columns))
-    tiles = tiles or default_tiles(layer)
+    tiles = tiles or chosen_tiles(x, layer)
     if tiles.early and not begins_early(x):
         tiles = tiles._replace(early=False)
     if tiles.programs and not can_join(layer, tiles):

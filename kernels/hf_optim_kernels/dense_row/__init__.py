@@ -1,0 +1,1 @@
+"""Products of one row with a weight in 16 bits, at the speed of memory."""

@@ -1,0 +1,127 @@
+"""Dense layers of a captured step of one row on the kernel: which layers, when, and what is left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_optim.generation import one_row as rows
+from hf_optim_kernels.dense_row import op
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.fixture
+def there(monkeypatch):
+    """Make the CPU a device of the kernel, which its specification stands in for, and every layer large enough."""
+    monkeypatch.setattr(rows, "USED", True)
+    monkeypatch.setattr(rows, "runs_on", lambda device: True)
+    monkeypatch.setattr(op, "LEAST_NUMBERS", 1)
+
+
+@pytest.fixture
+def model():
+    class Model(nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 8, bias=False)
+            self.own, self.wide = Doubled(8, 8), nn.Linear(8, 8, dtype=torch.float32)
+
+        def forward(self, x):
+            return self.wide(self.own(self.down(self.up(x))).float())
+
+    torch.manual_seed(0)
+    made = Model().half().requires_grad_(False)
+    made.wide.float()
+    return made
+
+
+def test_plain_layers_run_on_the_kernel_and_are_themselves_again(model, there):
+    x = torch.randn(1, 1, 16).half()
+    expected = model(x)
+    with rows.one_row(model, 1):
+        kinds = [type(layer) for layer in (model.up, model.down, model.own, model.wide)]
+        found = model(x)
+        several = model(x.expand(3, 1, 16))
+    assert kinds == [rows.OneRowLinear, rows.OneRowLinear, Doubled, nn.Linear]
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(several[2:], expected, rtol=5e-3, atol=5e-3)
+    assert [type(layer) for layer in (model.up, model.down)] == [nn.Linear, nn.Linear]
+
+
+def test_the_kernel_is_called_for_one_row_alone(model, there, monkeypatch):
+    called = []
+    real = op.dense_row
+    monkeypatch.setattr(op, "dense_row", lambda *given: (called.append(given[0].shape), real(*given))[1])
+    with rows.one_row(model, 1):
+        model(torch.randn(1, 1, 16).half())
+        model(torch.randn(2, 1, 16).half())
+    assert called == [(1, 1, 16), (1, 1, 32)]
+
+
+def test_an_error_inside_leaves_no_layer_changed(model, there):
+    with pytest.raises(RuntimeError, match="mine"), rows.one_row(model, 1):
+        raise RuntimeError("mine")
+    assert type(model.up) is nn.Linear
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_steps_of_more_rows_are_the_library_s(model, there, count):
+    with rows.one_row(model, count):
+        assert type(model.up) is nn.Linear
+
+
+def test_steps_keep_the_library_until_it_is_timed(model, there, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(rows, "runs_on", lambda device: True)
+    monkeypatch.setattr(op, "LEAST_NUMBERS", 1)
+    with rows.one_row(model, 1):
+        assert type(model.up) is nn.Linear
+
+
+def test_a_device_that_it_was_not_written_for_keeps_the_library(model, monkeypatch):
+    monkeypatch.setattr(rows, "USED", True)
+    monkeypatch.setattr(op, "LEAST_NUMBERS", 1)
+    with rows.one_row(model, 1):
+        assert type(model.up) is nn.Linear
+    assert not rows.runs_on(torch.device("cpu"))
+
+
+def test_a_forward_of_its_own_and_a_weight_of_another_class_are_left(model, there):
+    class Packed(torch.Tensor):
+        pass
+
+    model.up.forward = lambda x: nn.Linear.forward(model.up, x)
+    model.down.weight = nn.Parameter(model.down.weight.as_subclass(Packed), requires_grad=False)
+    with rows.one_row(model, 1):
+        assert [type(layer) for layer in (model.up, model.down)] == [nn.Linear, nn.Linear]
+
+
+def test_hooks_of_layers_run_in_it(model, there):
+    seen = []
+    model.up.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with rows.one_row(model, 1):
+        model(torch.randn(1, 1, 16).half())
+    assert seen == [(1, 1, 32)]
+
+
+def test_a_step_with_it_is_compiled_as_one_graph(model, there):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    x = torch.randn(1, 1, 16).half()
+    expected = model(x)
+    with rows.one_row(model, 1):
+        found = torch.compile(lambda x: model(x), backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+    assert len(graphs) == 1
+    assert sum("dense_row" in name for name in graphs[0]) == 2
