@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from sections import Sections
 
 from hf_optim_kernels.common import benchmark
-from hf_optim_kernels.experts import launch, naive, routing
+from hf_optim_kernels.common import launch as launching
+from hf_optim_kernels.experts import launch, naive, op, routing, training
 from hf_optim_kernels.experts.launch import Plan, Tiles
 from hf_optim_kernels.experts.naive import Gate, Weights
 
@@ -50,7 +51,7 @@ SHAPES = {
     "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
 }
 TUNED = ("qwen3-30b-a3b", "mixtral")
-WAYS = ("stock", "stock, eager", "accelerated", "door, captured", "door")
+WAYS = ("stock", "stock, eager", "accelerated", "door, captured", "door", "door, choices in one launch")
 TOKENS = (1, 8, 64, 512, 4096)
 DECODE_UP = [
     Tiles(*t)
@@ -85,6 +86,9 @@ DOWN = {
 }  # fmt: skip
 # The first product with rows that were gathered before.
 GATHERED = {128: [Tiles(128, 64, 8, 3, **_RUN), Tiles(128, 64, 8, 3, group=4, **_RUN), Tiles(64, 64, 8, 4, **_RUN)]}
+OUTER_TILES = [
+    Tiles(*t) for t in ((128, 256, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3), (256, 128, 8, 3), (64, 256, 4, 3))
+]
 # Tokens -> rows of blocks that are tried.
 BLOCKS = {
     "qwen3-30b-a3b": {8: (16,), 64: (16,), 512: (64, 32), 4096: (128, 64)},
@@ -300,25 +304,112 @@ def main():
                 layers.cache_clear()
         return found
 
+    @section("launches of whole layers")
+    def _():
+        """Microseconds of each launch of replayed layers of 4,096 tokens, and of the gaps between them."""
+        found = {}
+        for name in TUNED:
+            shape, made = SHAPES[name], situations(name, 4096)
+            run = lambda given, *rest: launch.mixture(*rest, given, shape.gate)  # noqa: E731
+            calls = [functools.partial(run, *one) for one in made]
+            found[name] = {"whole": benchmark.graph_time(calls).us, **_launches_of(calls)}
+            print(name, found[name], flush=True)
+            layers.cache_clear()
+        return found
+
+    @section("training check")
+    def _():
+        """Relative errors of all gradients of a layer against float64, and whether two runs have equal bits."""
+        found = {}
+        for name, tokens in itertools.product(("qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite"), (3, 300)):
+            shape, given, (hidden, chosen, weights) = SHAPES[name], layers(name, 1)[0], batch(name, tokens)
+            chosen[::3, 1] = shape.experts  # computed by none
+            grad = torch.randn_like(hidden)
+            parts = [hidden, weights, *(t for t in given[:4] if t is not None)]
+            own, again = (_gradients(op.training_mixture, shape, parts, chosen, grad) for _ in range(2))
+            wide = [part.double() for part in parts]
+            right = _gradients(naive.mixture, shape, wide, chosen, grad.double())
+            names = ("hidden", "weights", "up", "down", "up_bias", "down_bias")
+            errors = {
+                key: float((a.double() - b).norm() / b.norm()) for key, a, b in zip(names, own, right, strict=False)
+            }
+            same = all(torch.equal(a, b) for a, b in zip(own, again, strict=True))
+            found[f"{name} {tokens}"] = {**errors, "same": same}
+            print(
+                name,
+                tokens,
+                {k: v if k == "same" else f"{v:.1e}" for k, v in found[f"{name} {tokens}"].items()},
+                flush=True,
+            )
+            del own, again, wide, right
+            layers.cache_clear()
+        return found
+
     @section("training")
     def _():
-        """Milliseconds of forward and backward of a layer, with the gradients of its matrices."""
-        from hf_optim.toolkit.experts import expert_product
+        """Microseconds of forward and backward of a layer: with the gradients of its matrices, and with frozen ones."""
+        from hf_optim.toolkit.experts import expert_product, kernels
 
-        found = {}
-        for name, tokens in itertools.product(TUNED, (512, 4096)):
+        kernels.TRAINS, found = True, {}
+        for (name, tokens), frozen in itertools.product(itertools.product(TUNED, (512, 4096)), (False, True)):
             shape, (given, hidden, chosen, weights) = SHAPES[name], situations(name, tokens)[0]
-            module = transformers_module(shape, given).requires_grad_(True)
+            module = transformers_module(shape, given).requires_grad_(not frozen)
             hidden.requires_grad_(), weights.requires_grad_()
             ways = {"ours": lambda *a, m=module: expert_product(m, *a, True)}
             ways |= {key: transformers_call(shape, key, given, module=module) for key in ("grouped_mm", "eager")}
+            grad, asked = torch.randn_like(hidden), [hidden, weights, *([] if frozen else module.parameters())]
 
             def step(way):
-                module.zero_grad()
-                way(hidden, chosen, weights).float().square().mean().backward()
+                torch.autograd.grad(way(hidden, chosen, weights), asked, grad)
+
+            def replayed(way):
+                return benchmark.graph_time([functools.partial(step, way)]).us
 
             row = {key: _timed([functools.partial(step, way)], captured=False) for key, way in ways.items()}
+            for key in ("ours", "grouped_mm"):
+                try:
+                    row[f"{key}, replayed"] = replayed(ways[key])
+                except Exception as problem:
+                    row[f"{key}, replayed"] = f"{type(problem).__name__}: {str(problem)[:80]}"
+            found[f"{name} {tokens}{' frozen' if frozen else ''}"] = row
+            print(name, tokens, "frozen" if frozen else "", row, flush=True)
+            layers.cache_clear()
+        return found
+
+    @section("launches of a route")
+    def _():
+        """Microseconds of a route by the tiles of a chunk, the most chunks and warps; the last is what is used."""
+        found, usual = {}, (routing.TILES, routing.MOST_CHUNKS, routing.WARPS)
+        for name, tokens in (("qwen3-30b-a3b", 4096), ("qwen3-30b-a3b", 512), ("mixtral", 4096)):
+            shape, (_, _, chosen, _) = SHAPES[name], situations(name, tokens)[0]
+            block, row = launch.block_rows(tokens * shape.top_k, shape.experts), {}
+            right = naive.route(chosen, shape.experts, block)
+            for trial in ((4, 128, 4), (8, 64, 4), (2, 256, 8), (4, 128, 8), (8, 64, 8), (1, 512, 4), usual):
+                routing.TILES, routing.MOST_CHUNKS, routing.WARPS = trial
+                launching._COMPILED.clear()
+                run = functools.partial(routing.route, chosen, shape.experts, block)
+                same = all(torch.equal(a, b) for a, b in zip(run(), right, strict=True))
+                row[str(trial)] = benchmark.graph_time([run] * 8).us if same else "wrong"
             found[f"{name} {tokens}"] = row
+            print(name, tokens, row, flush=True)
+            layers.cache_clear()
+        return found
+
+    @section("outer tiles")
+    def _():
+        """Microseconds of the sums of outer products, by tiles."""
+        found = {}
+        for name, tokens in itertools.product(TUNED, (512, 4096)):
+            shape, (given, hidden, chosen, _) = SHAPES[name], situations(name, tokens)[0]
+            block = launch.block_rows(tokens * shape.top_k, shape.experts)
+            route, out = routing.route(chosen, shape.experts, block), torch.empty_like(given.up)
+            rows = torch.randn(tokens * shape.top_k, given.up.shape[1], device="cuda", dtype=torch.bfloat16)
+            row = found[f"{name} {tokens}"] = {}
+            for tiles in OUTER_TILES:
+                run = functools.partial(
+                    training.outer_product, rows, hidden, route, None, out, None, (0, shape.top_k), tiles
+                )  # fmt: skip
+                row[_short(tiles)] = _timed([run])
             print(name, tokens, row, flush=True)
             layers.cache_clear()
         return found
@@ -337,6 +428,13 @@ def main():
             found[way] = json.loads(path.read_text()) if path.exists() else {"failed": other.returncode}
             print(way, found[way], flush=True)
         return found
+
+
+def _gradients(mixture, shape, parts, chosen, grad):
+    """The gradients of hidden states, weights, matrices and biases, in this order."""
+    hidden, weights, *matrices = (part.detach().requires_grad_() for part in parts)
+    given = Weights(*matrices, *[None] * (4 - len(matrices)), shape.transposed)
+    return torch.autograd.grad(mixture(hidden, chosen, weights, given, shape.gate), [hidden, weights, *matrices], grad)
 
 
 def transformers_module(shape, given):
@@ -430,6 +528,9 @@ def generate(way, folder):
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     if not way.startswith("stock"):
         hf_optim.accelerate(model)
+    from hf_optim.generation import choices
+
+    choices.ENABLED = "in one launch" in way
     ids = torch.arange(100, 228, device="cuda").view(1, -1)
 
     def run(count):
@@ -451,7 +552,58 @@ def generate(way, folder):
         time.sleep(0.05)
     short, long = (min(run(count) for _ in range(3)) for count in (32, 96))
     row = {"ms_token": (long - short) / 64 * 1e3, "seconds_96": long, "first_calls_s": compiling}
+    row["kernels_us_token"] = _kernels_of(run)
     (folder / f"{way}.json").write_text(json.dumps(row))
+
+
+def _launches_of(calls, replays=20):
+    """Microseconds a call in each kernel of captured calls, and in the gaps before them, by profiling replays."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.no_grad():
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        graph.replay()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(replays):
+                graph.replay()
+            torch.cuda.synchronize()
+    events = [e for e in found.events() if e.device_type.name == "CUDA" and e.time_range.end > e.time_range.start]
+    events.sort(key=lambda e: e.time_range.start)
+    rows, gaps, last = {}, {}, None
+    for event in events:
+        key, span = event.name[:60], event.time_range
+        rows.setdefault(key, []).append(span.end - span.start)
+        if last is not None and span.start - last < 50:  # of one replay
+            gaps.setdefault(key, []).append(max(0.0, span.start - last))
+        last = span.end
+    count = replays * len(calls)
+    per_call = lambda table: {key: round(sum(each) / count, 2) for key, each in table.items()}  # noqa: E731
+    return {"kernels": per_call(rows), "gaps before": per_call(gaps)}
+
+
+def _kernels_of(run):
+    """Microseconds a token in each kernel of a generation, longest first, with its launches a token; and their sum."""
+    from torch.profiler import ProfilerActivity, profile
+
+    tables = []
+    for count in (32, 96):
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            run(count)
+        events = [each for each in found.key_averages() if each.device_type.name == "CUDA"]
+        tables.append({each.key: (each.self_device_time_total, each.count) for each in events})
+    rows = {
+        key: [round((us - tables[0].get(key, (0, 0))[0]) / 64, 2), round((n - tables[0].get(key, (0, 0))[1]) / 64, 2)]
+        for key, (us, n) in tables[1].items()
+    }
+    rows = dict(sorted(((key[:90], row) for key, row in rows.items() if row[0] > 0), key=lambda pair: -pair[1][0]))
+    return {"sum": [round(sum(row[i] for row in rows.values()), 1) for i in range(2)], **dict(list(rows.items())[:40])}
 
 
 if __name__ == "__main__":

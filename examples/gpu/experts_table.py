@@ -4,7 +4,7 @@
 
 The folder has ``layers-h200.json``, times of whole layers, ``launches-h200.json``, those of each launch by its tiles,
 and ``generate-h200.json``, those of ``generate``; ``prefill-h200.json`` and ``prefill-flat-h200.json`` are what two
-kernels for many tokens have taken beside the ones that are used.
+kernels for many tokens have taken beside the ones that are used. ``training-h200.json`` may be there, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from experts import SHAPES, TOKENS, _short
+from experts_training_table import kernels_of_a_token, training
 
 from hf_optim_kernels.experts import launch
 from hf_optim_kernels.experts.naive import UNGATED
@@ -30,6 +31,7 @@ WAYS = {
     "accelerated": "the same after `hf_optim.accelerate`",
     "door, captured": "`hf_optim.generate`, captured, not compiled",
     "door": "`hf_optim.generate`",
+    "door, choices in one launch": "`hf_optim.generate`, with choices of experts in one launch",
 }
 PRODUCTS = {"up": "first", "down": "second"}
 TEXT = """# Experts of a mixture
@@ -72,7 +74,7 @@ weights that a token reads are {read:.2f} GB, {read_ms:.2f} ms.
 Goal: {generate_goal} times stock in stock `generate`. **{generate_verdict}**: transformers compiles the step with a static cache and replays it as CUDA graphs, so its experts cost far less than as eager functions, by which the goal was
 set; what is left is the host between two steps. Beside stock without compiling, the kernels in stock `generate` are {eager_accelerated:.1f} times as fast, and `hf_optim.generate` {eager_door:.1f} times.
 
-## Many tokens, and what was tried
+{token_kernels}{training}## Many tokens, and what was tried
 
 Microseconds of whole layers with the tiles that are used, beside *taken along*, the first of two kernels that were tried ([prefill-h200.json](prefill-h200.json)).
 
@@ -96,7 +98,7 @@ Neither kernel pays for its code. Both were deleted; no plan used them.
 
 ## Not measured
 
-Transformers' own functions in the same run, training, and whole layers of fewer than 2,048 tokens with the tiles that are used beyond the rows above. The script has a section for each.
+Transformers' own functions in the same run{no_training}{no_choices}, and whole layers of fewer than 2,048 tokens with the tiles that are used beyond the rows above. The script has a section for each.
 Layers in float32 and float16 were not timed. The errors in the first section are those of decoding and of blocks of 16 to 64 rows that read their matrices through pointers. Configurations that read them
 through tensor descriptors are compared with float64 for blocks of 128 rows only; each one is compared with the specification before its first use on a device, and pointers are read where it differs.
 """
@@ -135,11 +137,14 @@ def generated(found):
     token = {way: row["ms_token"] for way, row in found["generate"].items()}
     rows = []
     for way, label in WAYS.items():
+        if way not in token:  # of an earlier script
+            continue
         first = found["generate"][way]["first_calls_s"][0]
         rows.append([label, f"{token[way]:.2f}", f"{first:.1f}", f"**{token['stock'] / token[way]:.2f}**"])
     reached = token["stock"] / token["accelerated"] >= GENERATE_GOAL
     header = ("way", "ms a token", "first call, s", "stock with a static cache over it")
     return {
+        "no_choices": "" if "door, choices in one launch" in token else ", `generate` with choices of experts in one launch",
         "generate": table(header, rows), "generate_goal": GENERATE_GOAL,
         "generate_verdict": "Reached" if reached else "Missed",
         "eager_accelerated": token["stock, eager"] / token["accelerated"], "eager_door": token["stock, eager"] / token["door"],
@@ -204,6 +209,7 @@ def main():
     folder = Path(sys.argv[1])
     names = ("layers", "launches", "generate", "prefill", "prefill-flat")
     layers, found, generate, *tried = (json.loads((folder / f"{name}-h200.json").read_text()) for name in names)
+    trained = json.loads(path.read_text()) if (path := folder / "training-h200.json").exists() else {}
     whole, losing, used, missed = [], [], [], []
     for key, row in layers["blocks"].items():
         name, tokens = key.rsplit(" ", 1)
@@ -225,6 +231,8 @@ def main():
             if goal and total > goal:
                 other = tried[0]["layers"].get(f"{name} {tokens}")
                 again = f"; {other['now']:.0f} as a whole in another run" if other else ""
+                last = trained.get("launches of whole layers", {}).get(name) if tokens == 4096 else None
+                again += f", {last['whole']:.0f} in a third" if other and last else ""
                 missed.append(f"{name} at {tokens} tokens ({total:.0f} against {goal}{again})")
             shown = ["-" if not t else f"{t:.1f}" for t in (rest[0], *products, rest[1])]
             label = "decode" if how.block == 0 else str(how.block)
@@ -236,6 +244,8 @@ def main():
         for key, row in found["decode or blocks"].items()
     ]  # fmt: skip
     text = TEXT.format(
+        token_kernels=kernels_of_a_token(generate, table),
+        training=training(trained, table, GOALS), no_training="" if "training" in trained else ", times of training",
         **{key: layers[key] for key in ("device", "torch", "triton")}, bandwidth=layers["ceilings"]["bytes_us"] / 1e6,
         rate=layers["ceilings"]["flops_us"] / 1e6, error=max(row["error"] for row in layers["check"].values()),
         whole=table(("layer", "tokens", "ours", "torch", "floor"), whole), losing=", ".join(losing) or "none",

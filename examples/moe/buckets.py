@@ -3,15 +3,18 @@
     python examples/moe/buckets.py --output model_cards/moe/buckets
 
 Runs a trace of forwards through one mixture layer for each load. On a CPU it counts the rows of buffers, which do not
-depend on the machine (half a minute). On a GPU it also times five ways to run the same forwards (20 seconds on an
-H200): buckets that follow the load; one static capacity with room for the busiest expert of the whole trace; the
-product without buckets, called and captured; and a static capacity factor of 1.25, which drops.
+depend on the machine (half a minute). On a GPU it also times six ways to run the same forwards (a minute on an H200):
+buckets that follow the load; the same from the start, with all captures; one static capacity with room for the busiest
+expert of the whole trace; a static capacity factor of 1.25, which drops; and the product without buckets, called and
+captured. Each forward of a drifting load is timed by itself, too: that shows where graphs are captured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,20 @@ def timed(call: Any, chosen: list[Tensor]) -> float:
     return start.elapsed_time(end) / len(chosen)
 
 
+def timeline(layer: BucketedLayer, follow: Callable[[Tensor], Any], chosen: list[Tensor]) -> list[list[Any]]:
+    """Return, for each forward of a trace: milliseconds, graphs captured in it, and 1 if an expert had no room."""
+    found = []
+    for index in chosen:
+        captures, overflows = layer.counts.captures, layer.counts.overflows
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        follow(index)
+        torch.cuda.synchronize()
+        took = 1e3 * (time.perf_counter() - begin)
+        found.append([round(took, 4), layer.counts.captures - captures, layer.counts.overflows - overflows])
+    return found
+
+
 @torch.no_grad()
 def times(shape: dict[str, int], chosen: list[Tensor], loads: list[list[int]]) -> dict[str, Any]:
     """Return the times of the ways to run a trace on the GPU, and the largest relative error of the buckets."""
@@ -121,8 +138,8 @@ def times(shape: dict[str, int], chosen: list[Tensor], loads: list[list[int]]) -
         expected = expert_product(module, hidden, index, weights, True).double()
         error = max(error, float((follow(index).double() - expected).norm() / expected.norm()))
     counts = layer.counts.to_dict()
-    peak = (bucket(max(map(max, loads)), "power", shape["tokens"]),) * shape["experts"]
-    static = Graph(module, hidden, chosen[0], weights, peak)
+    room = {name: (entry["room"],) * shape["experts"] for name, entry in statics(loads, shape).items()}
+    graphs = {name: Graph(module, hidden, chosen[0], weights, each) for name, each in room.items()}
     held = chosen[0].clone()
     plain = torch.cuda.CUDAGraph()
     expert_product(module, hidden, held, weights, True)
@@ -134,18 +151,20 @@ def times(shape: dict[str, int], chosen: list[Tensor], loads: list[list[int]]) -
         plain.replay()
 
     found: dict[str, Any] = {"relative_error": error, "counts": counts}
-    ways = {
+    ways: dict[str, Callable[[Tensor], Any]] = {
         "buckets": follow,
-        "static": lambda index: static.replay(hidden, index, weights),
+        "static": lambda index: graphs["peak"].replay(hidden, index, weights),
+        "static, drops": lambda index: graphs["factor"].replay(hidden, index, weights),
         "product": lambda index: expert_product(module, hidden, index, weights, True),
         "product, captured": replay_plain,
     }
     for name, way in ways.items():
         timed(way, chosen[:8])
         found[name] = sorted(timed(way, chosen) for _ in range(3))[1]
-    layer.counts, layer.graphs = type(layer.counts)(), type(layer.graphs)()
-    layer.watches.clear()
-    found["buckets, with captures"] = timed(follow, chosen)
+    for name in ("buckets, with captures", "timeline"):
+        layer.counts, layer.graphs = type(layer.counts)(), type(layer.graphs)()
+        layer.watches.clear()
+        found[name] = timed(follow, chosen) if name != "timeline" else timeline(layer, follow, chosen)
     return found
 
 
@@ -159,6 +178,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     results: dict[str, Any] = {
         "forwards": FORWARDS, "window": WINDOW, "phases": PHASES, "factor": STATIC,
+        "grouped": gpu or bool(former.get("grouped")),  # the times are of two grouped products
         "device": torch.cuda.get_device_name() if gpu else former.get("device"),
         "torch": torch.__version__ if gpu else former.get("torch"),
         "rows": [],
@@ -172,12 +192,13 @@ def main() -> None:
             row["buckets"] = {rule: counted(loads, shape, rule) for rule in ("power", "64")}
             try:
                 row["times"] = times(shape, chosen, loads) if gpu else before.get((name, load), {}).get("times")
-            except RuntimeError as error:  # the other rows are worth having
+            except Exception as error:  # the other rows are worth having
                 row["times"] = None
                 print(f"{name} {load}: {error}", flush=True)
             results["rows"].append(row)
-            print(name, load, json.dumps(row["times"] or row["buckets"]), flush=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            shown = {key: value for key, value in (row["times"] or row["buckets"]).items() if key != "timeline"}
+            print(name, load, json.dumps(shown), flush=True)
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     buckets_page.write(args.output)
 
 

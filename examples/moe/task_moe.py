@@ -2,6 +2,9 @@
 
     python examples/moe/task_moe.py --data ../shared/data/multi30k --output model_cards/moe
     python examples/moe/task_moe.py --data ../shared/data/multi30k --output out --steps 5 --seeds 1      # a trial
+    python examples/moe/task_moe.py --data ../shared/data/multi30k --more model_cards/moe/task_moe.json --first 2 \
+        --seeds 2 --output more      # more seeds of both routings, as in that record; several at a time, if you like
+    python examples/moe/task_moe.py --merge more/runs-*.json --output model_cards/moe
 
 A small T5 is trained from scratch as a dense model, with experts for each token and with experts for each target
 language, for equally many steps on equal batches. Learning rates are chosen on sentences that are split off the
@@ -212,14 +215,56 @@ def extracted(model: Any, task: str) -> Any:
     return made
 
 
+def more(args: argparse.Namespace) -> None:
+    """Train more seeds with both routings, with the rates and steps of a record; write each when it is done."""
+    rows = read(args.data / "train.jsonl")
+    tokenizer = train_tokenizer(rows[:-HELD_BACK])
+    training, test = Pairs(rows[:-HELD_BACK], tokenizer), Pairs(read(args.data / "val.jsonl"), tokenizer)
+    record = json.loads(args.more.read_text(encoding="utf-8"))
+    args.output.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.first, args.first + args.seeds):
+        found = []
+        for kind in KINDS[1:]:
+            model = train(kind, training, record["steps"], record["rates"][kind], seed)
+            found.append({
+                "kind": kind, "seed": seed, "parameters": model.num_parameters(), "loss": loss_of(model, kind, test),
+                "bleu": bleu_of(model, kind, test, tokenizer),
+            })  # fmt: skip
+            print(json.dumps(found[-1]), flush=True)
+        (args.output / f"runs-{seed}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def merge(folder: Path, files: list[Path]) -> None:
+    """Add the runs of ``more`` to the record of a folder; a run that it has already stays."""
+    path = folder / "task_moe.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    known = {(run["kind"], run["seed"]) for run in results["runs"]}
+    new = [run for file in files for run in json.loads(file.read_text(encoding="utf-8"))]
+    results["runs"] += sorted(
+        (run for run in new if (run["kind"], run["seed"]) not in known), key=lambda run: (run["seed"], run["kind"])
+    )
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="a folder with train.jsonl and val.jsonl")
+    parser.add_argument("--data", type=Path, help="a folder with train.jsonl and val.jsonl")
     parser.add_argument("--output", type=Path, default=Path("model_cards/moe"))
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9, help="of timing")
+    parser.add_argument("--more", type=Path, help="a record: train more seeds as it did, and end")
+    parser.add_argument("--first", type=int, default=2, help="the first seed of --more")
+    parser.add_argument("--merge", type=Path, nargs="+", help="add the runs of these files to the record, and end")
     args = parser.parse_args(argv)
+    if args.merge:
+        merge(args.output, args.merge)
+        return
+    if args.data is None:
+        parser.error("--data is needed")
+    if args.more:
+        more(args)
+        return
     rows = read(args.data / "train.jsonl")
     tokenizer = train_tokenizer(rows[:-HELD_BACK])
     training, held = Pairs(rows[:-HELD_BACK], tokenizer), Pairs(rows[-HELD_BACK:][:300], tokenizer)

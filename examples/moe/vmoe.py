@@ -1,17 +1,18 @@
 """V-MoE beside its dense twin on CIFAR-10: accuracy against inference FLOPs, and who gets the slots of experts.
 
     python examples/moe/vmoe.py --data ../shared/data/cifar10 --output model_cards/moe
-    python examples/moe/vmoe.py --data ../shared/data/cifar10 --output model_cards/moe --every-layer   # then
     python examples/moe/vmoe.py --data ../shared/data/cifar10 --output vmoe --size tiny --seeds 1      # a trial
+    python examples/moe/vmoe.py --data ../shared/data/cifar10 --pack FOLDER      # one file, for another machine
     python examples/moe/vmoe_page.py model_cards/moe
 
-Vision transformers of several widths are trained from scratch, dense and with a mixture in every second layer (8
-experts, top 2, capacity 1.05), for equally many steps on equal batches of images. Learning rates are chosen for both on
-1,000 images that are split off the training set; the test set is read once, at the end. Then the mixtures run with
-other capacities, by position and by priority, among the tokens of a batch and of each image. ``--every-layer`` adds
-models of the middle width whose feed-forward layers are all mixtures, so that dropping has a price.
+Vision transformers of several widths are trained from scratch, dense and with mixtures (8 experts, top 2, capacity
+1.05) in every second layer; those of one width in every layer, too, so that dropping has a price. Models of one seed
+see equal images in equal steps. Learning rates are chosen on 1,000 images that are split off the training set; the test
+set is read by final models alone. Then the mixtures run with other capacities, by position and by priority.
 
-On a GPU every training step is one CUDA graph, and all trainings run at once, each on a stream of its own.
+Seeds are trained in rounds, and the results are written after each. With ``--limit`` no round begins that would not end
+in time. On a GPU every training step is one CUDA graph, captured once; the trainings of a round run at the same time,
+each on a stream of its own.
 """
 
 from __future__ import annotations
@@ -24,62 +25,34 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from cifar import Schedule, load, pack, pixels
 from torch import Tensor
-from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
+from vmoe_training import Training, start, train_all
 
 import hf_optim
 
 EXPERTS, TOP_K, CLASSES, HELD_BACK, GROUP = 8, 2, 10, 1000, 500
+TUNING_SEED, IMAGE_SEEDS = 1000, 3
 FACTORS = (0.1, 0.25, 0.5, 0.75, 1.05, EXPERTS / TOP_K)
 GROUPS = ("batch", "image")
 EVERY = {"dense": 0, "vmoe": 2, "every_layer": 1}
 ORDERS = {"by position": False, "by priority": True}
 SIZES: dict[str, dict[str, Any]] = {
-    "gpu": {"widths": (96, 128, 192), "depth": 4, "patch": 4, "batch": 256, "steps": 1000, "rates": (5e-4, 1e-3, 2e-3)},
-    "cpu": {"widths": (32, 48, 64), "depth": 4, "patch": 8, "batch": 64, "steps": 2000, "rates": (1e-3, 2e-3, 4e-3)},
-    "tiny": {"widths": (32, 48), "depth": 2, "patch": 8, "batch": 32, "steps": 20, "rates": (1e-3, 2e-3)},
-}
-
-
-# -- data -------------------------------------------------------------------------------------------------------------
-def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Return the images uint8 ``[n, 3, 32, 32]`` and classes int64 ``[n]`` of a split.
-
-    From ``cifar10.npz`` if the folder has one (arrays ``train_images``, ``train_labels`` ...), otherwise from parquet
-    files of JPEG images.
-    """
-    packed = folder / "cifar10.npz"
-    if packed.exists():
-        with np.load(packed) as arrays:
-            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    else:
-        from datasets import Image, load_dataset
-
-        rows = load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train")
-        rows = rows.cast_column("image", Image())
-        images = np.stack([np.asarray(picture.convert("RGB")) for picture in rows["image"]])
-        labels = np.asarray(rows["label"])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
-
-
-def pixels(images: Tensor) -> Tensor:
-    """Return images as the model reads them, float ``[n, 3, 32, 32]``."""
-    return (images.float() / 255 - 0.47) / 0.25
-
-
-def augmented(images: Tensor) -> Tensor:
-    """Return images ``[B, 3, 32, 32]``, each shifted by up to 4 pixels, every second one mirrored."""
-    count, device = len(images), images.device
-    padded = functional.pad(images, (4, 4, 4, 4), mode="reflect")
-    steps = torch.arange(32, device=device)
-    rows = torch.randint(0, 9, (count, 1), device=device) + steps
-    columns = torch.randint(0, 9, (count, 1), device=device) + steps
-    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns, columns.flip(1))
-    one = torch.arange(count, device=device).view(-1, 1, 1)
-    return padded.permute(0, 2, 3, 1)[one, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+    "gpu": {
+        "dense": (64, 96, 128, 192), "vmoe": (64, 96), "every_layer": (96,), "depth": 4, "patch": 4, "batch": 128,
+        "steps": 2000, "rates": (5e-4, 1e-3, 2e-3), "seeds": 16, "parallel": 4,
+    },
+    "cpu": {
+        "dense": (32, 48, 64), "vmoe": (32, 48), "every_layer": (48,), "depth": 4, "patch": 8, "batch": 64,
+        "steps": 1500, "rates": (1e-3, 2e-3, 4e-3), "seeds": 3, "parallel": 1,
+    },
+    "tiny": {
+        "dense": (32, 48), "vmoe": (32,), "every_layer": (32,), "depth": 2, "patch": 8, "batch": 32, "steps": 20,
+        "rates": (1e-3, 2e-3), "seeds": 2, "parallel": 2,
+    },
+}  # fmt: skip
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -125,93 +98,30 @@ def flops(width: int, size: dict[str, Any], factor: float = 0.0, every: int = 0)
     return round(2 * ((tokens - 1) * 3 * patch**2 * width + depth * (attention + forward) + extra + width * CLASSES))
 
 
-# -- training ---------------------------------------------------------------------------------------------------------
-class Training:
-    """One training of one model: ``step`` is everything from drawing a batch to the update of the weights."""
-
-    def __init__(self, model: Any, data: tuple[Tensor, Tensor], batch: int, steps: int, rate: float) -> None:
-        self.model, self.images, self.labels = model.to(data[0].device).train(), *data
-        self.batch, self.steps, self.rate = batch, steps, rate
-        self.done = torch.zeros((), device=data[0].device)
-        self.lr = torch.tensor(rate, device=data[0].device)
-        on_gpu = data[0].is_cuda
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.lr if on_gpu else rate, weight_decay=0.05, fused=True, capturable=on_gpu
-        )
-        self.stream = torch.cuda.Stream() if on_gpu else None
-        self.graph: Any = None
-
-    def step(self) -> None:
-        """Train on one batch. Nothing in it waits for the device."""
-        warm = self.steps // 20 + 1
-        falling = 0.5 + 0.5 * torch.cos(math.pi * (self.done - warm).clamp(min=0) / (self.steps - warm))
-        self.lr.copy_(self.rate * torch.minimum((self.done + 1) / warm, falling))
-        if self.stream is None:
-            self.optimizer.param_groups[0]["lr"] = float(self.lr)
-        chosen = torch.randint(0, len(self.images), (self.batch,), device=self.images.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, self.images.is_cuda, cache_enabled=False):
-            inputs = augmented(pixels(self.images[chosen]))
-            loss = self.model(pixel_values=inputs, labels=self.labels[chosen]).loss
-        loss.backward()
-        self.optimizer.step()
-        self.done += 1
-
-    def capture(self) -> None:
-        """Capture ``step`` as one graph, after three steps that set everything up."""
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self.stream):
-            for _ in range(3):
-                self.step()
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self.step()
-
-
-def train_all(trainings: list[Training]) -> float:
-    """Run trainings of equally many steps side by side; return the seconds."""
-    begin = time.perf_counter()
-    if trainings[0].stream is not None:
-        for one in trainings:
-            one.capture()
-        torch.cuda.synchronize()
-        print(f"  captured {len(trainings)} in {time.perf_counter() - begin:.1f} s", flush=True)
-    for _ in range(trainings[0].steps - (3 if trainings[0].graph else 0)):
-        for one in trainings:
-            if one.graph is None:
-                one.step()
-            else:
-                with torch.cuda.stream(one.stream):
-                    one.graph.replay()
-    if trainings[0].stream is not None:
-        torch.cuda.synchronize()
-    for one in trainings:
-        one.model.eval()
-        one.graph = None
-    return time.perf_counter() - begin
-
-
-@torch.no_grad()
-def accuracy(model: Any, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images that are classified right, in batches of ``GROUP``."""
-    right = [
-        (model(pixel_values=pixels(part)).logits.argmax(-1) == truth).sum()
-        for part, truth in zip(images.split(GROUP), labels.split(GROUP), strict=True)
-    ]
-    return round(float(torch.stack(right).sum()) / len(labels), 4)
-
-
 # -- what is measured -------------------------------------------------------------------------------------------------
-def capacities(model: Any, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return the accuracy by group, order and capacity factor."""
-    found: dict[str, Any] = {}
-    for group in GROUPS:
-        for order, priority in ORDERS.items():
-            for factor in FACTORS:
-                set_capacity(model, factor, priority, group)
-                value = accuracy(model, images, labels)
-                found.setdefault(group, {}).setdefault(order, {})[f"{factor:g}"] = value
+@torch.no_grad()
+def is_right(model: Any, images: Tensor, labels: Tensor) -> Tensor:
+    """Return which images are classified right, bool ``[n]``, in batches of ``GROUP``."""
+    batches = zip(images.split(GROUP), labels.split(GROUP), strict=True)
+    return torch.cat([model(pixel_values=pixels(part)).logits.argmax(-1) == truth for part, truth in batches])
+
+
+def settings(groups: tuple[str, ...]) -> dict[str, tuple[float, bool, str]]:
+    """Return capacity factor, priority and group by name, such as ``batch/by priority/0.5``."""
+    return {
+        f"{group}/{order}/{factor:g}": (factor, priority, group)
+        for group in groups
+        for order, priority in ORDERS.items()
+        for factor in FACTORS
+    }
+
+
+def examined(model: Any, images: Tensor, labels: Tensor, groups: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return which test images a mixture classifies right, by group, order and capacity factor."""
+    found = {}
+    for name, given in settings(groups).items():
+        set_capacity(model, *given)
+        found[name] = is_right(model, images, labels)
     return found
 
 
@@ -257,20 +167,57 @@ def dropped_patches(model: Any, images: Tensor, labels: Tensor, factor: float) -
 
 
 def tune(data: tuple[Tensor, Tensor], steps: int, size: dict[str, Any]) -> dict[str, Any]:
-    """Choose learning rates for dense and sparse models of the middle width, by accuracy on images held back."""
-    training = tuple(part[:-HELD_BACK] for part in data)
-    held = tuple(part[-HELD_BACK:] for part in data)
-    width = size["widths"][len(size["widths"]) // 2]
+    """Choose learning rates for dense and sparse models of one width, by accuracy on images held back."""
+    training, (images, labels) = tuple(part[:-HELD_BACK] for part in data), (part[-HELD_BACK:] for part in data)
+    width = size["vmoe"][-1]
     tries = [(kind, rate) for kind in ("dense", "vmoe") for rate in size["rates"]]
-    runs = [
-        Training(build(width, size, 0, EVERY[kind]), training, size["batch"], steps, rate)  # type: ignore[arg-type]
-        for kind, rate in tries
-    ]
-    seconds = train_all(runs)
+    schedule = Schedule(TUNING_SEED, steps, size["batch"], len(training[0]), str(images.device))
+    runs = [Training(build(width, size, TUNING_SEED, EVERY[kind]), training, schedule, rate) for kind, rate in tries]  # type: ignore[arg-type]
+    start(runs, [build(width, size, TUNING_SEED, EVERY[kind]) for kind, _ in tries])
+    train_all(runs)
     found: dict[str, Any] = {"width": width, "steps": steps, "held_back": HELD_BACK, "dense": {}, "vmoe": {}}
     for (kind, rate), run in zip(tries, runs, strict=True):
-        found[kind][f"{rate:g}"] = accuracy(run.model, *held)
-    print(f"tuned in {seconds:.1f} s: {json.dumps(found)}", flush=True)
+        found[kind][f"{rate:g}"] = round(float(is_right(run.model, images, labels).float().mean()), 4)
+    return found
+
+
+class Study:
+    """The results of all trainings, written after each round."""
+
+    def __init__(self, path: Path, results: dict[str, Any], size: dict[str, Any], test: tuple[Tensor, Tensor]) -> None:
+        self.path, self.results, self.size, self.test = path, results, size, test
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, kind: str, width: int, seed: int, model: Any) -> None:
+        """Measure a trained model. Settings within images are those of the first ``IMAGE_SEEDS`` seeds alone."""
+        row: dict[str, Any] = {"width": width, "seed": seed, "parameters": model.num_parameters()}
+        if kind == "dense":
+            found, row["flops"] = {"": is_right(model, *self.test)}, flops(width, self.size)
+        else:
+            found = examined(model, *self.test, GROUPS if seed < IMAGE_SEEDS else GROUPS[:1])
+            row["flops"] = {f"{factor:g}": flops(width, self.size, factor, EVERY[kind]) for factor in FACTORS}
+        shares = {name: round(float(right.float().mean()), 4) for name, right in found.items()}
+        row["accuracy"] = shares[""] if kind == "dense" else _nested(shares)
+        self.results[kind].append(row)
+        for name, right in found.items():
+            if not name.startswith("image"):
+                key = f"{kind}/{width}/{name}".rstrip("/")
+                self.counts[key] = self.counts.get(key, 0) + right.to(torch.uint8).cpu()  # type: ignore[operator]
+        if kind == "vmoe" and width == self.size["vmoe"][-1] and "picture" not in self.results:
+            self.results["picture"] = dropped_patches(model, *self.test, 0.25)
+
+    def write(self) -> None:
+        """Write everything so far; for each setting the number of seeds that classify each test image right."""
+        right = {name: base64.b64encode(count.numpy().tobytes()).decode() for name, count in self.counts.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({**self.results, "right": right}, indent=1) + "\n", encoding="utf-8")
+
+
+def _nested(shares: dict[str, float]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, share in shares.items():
+        group, order, factor = name.split("/")
+        found.setdefault(group, {}).setdefault(order, {})[factor] = share
     return found
 
 
@@ -280,53 +227,59 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("model_cards/moe"))
     parser.add_argument("--size", choices=SIZES, help="of models and trainings; by default that for the device")
     parser.add_argument("--steps", type=int, help="of every training")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of every model")
-    parser.add_argument(
-        "--every-layer", action="store_true", help="add models with mixtures in every layer to an earlier vmoe.json"
-    )
+    parser.add_argument("--seeds", type=int, help="trainings of every model")
+    parser.add_argument("--parallel", type=int, help="seeds that are trained at the same time")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds: no round begins that would end later")
+    parser.add_argument("--pack", type=Path, help="write the data into one file in this folder, and end")
     args = parser.parse_args(argv)
+    if args.pack is not None:
+        print(pack(args.data, args.pack))
+        return
+    begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[args.size or ("gpu" if device == "cuda" else "cpu")]
-    steps, seeds = args.steps or size["steps"], args.seeds
+    steps, seeds, parallel = args.steps or size["steps"], args.seeds or size["seeds"], args.parallel or size["parallel"]
     train, test = (tuple(part.to(device) for part in load(args.data, split)) for split in ("train", "test"))
-    training, path = tuple(part[:-HELD_BACK] for part in train), args.output / "vmoe.json"
-    if args.every_layer:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        steps, seeds = results["steps"], len({row["seed"] for row in results["vmoe"]})
-        kinds = [("every_layer", size["widths"][len(size["widths"]) // 2])]
-        results["every_layer"] = []
-    else:
-        tuning = tune(train, max(10, steps // 3), size)  # type: ignore[arg-type]
-        rates = {kind: float(max(tuning[kind], key=tuning[kind].get)) for kind in ("dense", "vmoe")}
-        results = {
-            "experts": EXPERTS, "top_k": TOP_K, "depth": size["depth"], "patch": size["patch"], "steps": steps,
-            "batch": size["batch"], "train_images": len(training[0]), "test_images": len(test[0]),
-            "group_images": GROUP, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "tuning": tuning, "rates": rates, "dense": [], "vmoe": [],
-        }  # fmt: skip
-        kinds = [("dense", width) for width in size["widths"]] + [("vmoe", width) for width in size["widths"][:-1]]
-    plan = [(kind, width, seed) for seed in range(seeds) for kind, width in kinds]
-    rate_of = {**results["rates"], "every_layer": results["rates"]["vmoe"]}
+    tuning = tune(train, max(10, steps // 3), size)  # type: ignore[arg-type]
+    print(f"{time.perf_counter() - begin:.0f} s: {json.dumps(tuning)}", flush=True)
+    rates = {kind: float(max(tuning[kind], key=tuning[kind].get)) for kind in ("dense", "vmoe")}
+    training = tuple(part[:-HELD_BACK] for part in train)
+    results = {
+        "experts": EXPERTS, "top_k": TOP_K, "depth": size["depth"], "patch": size["patch"], "steps": steps,
+        "batch": size["batch"], "train_images": len(training[0]), "test_images": len(test[0]),
+        "group_images": GROUP, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "tuning": tuning, "rates": rates, **{kind: [] for kind in EVERY},
+    }  # fmt: skip
+    study = Study(args.output / "vmoe.json", results, size, test)  # type: ignore[arg-type]
+    plan = [(kind, width) for kind in EVERY for width in size[kind]]
+    schedules = [Schedule(n, steps, size["batch"], len(training[0]), device) for n in range(min(parallel, seeds))]
+    slots = [(kind, width, schedule) for schedule in schedules for kind, width in plan]
+    rate_of = {**rates, "every_layer": rates["vmoe"]}
     runs = [
-        Training(build(width, size, seed, EVERY[kind]), training, size["batch"], steps, rate_of[kind])  # type: ignore[arg-type]
-        for kind, width, seed in plan
+        Training(build(width, size, 0, EVERY[kind]), training, schedule, rate_of[kind])  # type: ignore[arg-type]
+        for kind, width, schedule in slots
     ]
-    seconds = train_all(runs)
-    for (kind, width, seed), run in zip(plan, runs, strict=True):
-        row: dict[str, Any] = {"width": width, "seed": seed, "parameters": run.model.num_parameters()}
-        if kind == "dense":
-            row |= {"flops": flops(width, size), "accuracy": accuracy(run.model, *test)}  # type: ignore[arg-type]
-        else:
-            row["flops"] = {f"{factor:g}": flops(width, size, factor, EVERY[kind]) for factor in FACTORS}
-            row["accuracy"] = capacities(run.model, *test)  # type: ignore[arg-type]
-        results[kind].append(row)
-        print(kind, json.dumps(row), flush=True)
-    if not args.every_layer:
-        widest = plan.index(("vmoe", size["widths"][-2], 0))
-        results["picture"] = dropped_patches(runs[widest].model, *test, 0.25)  # type: ignore[arg-type]
-    args.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"{path} after {seconds:.1f} s of training", flush=True)
+    first, longest = 0, 0.0
+    while first < seeds and time.perf_counter() - begin + longest < args.limit:
+        since = time.perf_counter()
+        here = schedules[: seeds - first]
+        for number, schedule in enumerate(here):
+            schedule.become(Schedule(first + number, steps, size["batch"], len(training[0]), device))
+        places = [(kind, width, first + number) for number in range(len(here)) for kind, width in plan]
+        start(runs[: len(places)], [build(width, size, seed, EVERY[kind]) for kind, width, seed in places])
+        ready = time.perf_counter()
+        train_all(runs[: len(places)])
+        trained = time.perf_counter()
+        for place, run in zip(places, runs, strict=False):
+            study.add(*place, run.model)
+        study.write()
+        longest, first = max(longest, time.perf_counter() - since), first + len(here)
+        print(
+            f"{time.perf_counter() - begin:.0f} s: {first} seeds; the last {len(here)} took {ready - since:.0f} s to "
+            f"begin, {trained - ready:.0f} to train, {time.perf_counter() - trained:.0f} to measure",
+            flush=True,
+        )
+    print(study.path, flush=True)
 
 
 if __name__ == "__main__":

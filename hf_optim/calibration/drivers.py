@@ -37,10 +37,12 @@ def calibrate(run: Run, stage: Stage, journal: Journal | None = None) -> dict[st
     observer is detached and every module restored.
     """
     steps = [step for step in stage.steps if step.implements("calibrate")]
-    blocks = topology.blocks(run.model) if run.recipe.driver != "whole_model" else []
+    driver_name = run.recipe.driver
+    if driver_name == "blockwise":
+        blocks = topology.require_blocks(run.model, driver_name)
+    else:
+        blocks = topology.blocks(run.model) if driver_name != "whole_model" else []
     metrics: dict[str, Any] = {}
-    if run.recipe.driver == "blockwise" and not blocks:
-        raise ModelError(f"driver blockwise: no sequence of blocks was found in {type(run.model).__name__}")
     if blocks and any_needs_data(steps) and (reason := topology.exchanged_state(run.model)):
         if run.recipe.driver == "blockwise":
             raise ModelError(f"driver blockwise: {reason}, so blocks cannot run alone; use driver: whole_model")

@@ -151,15 +151,24 @@ def stop_in(monkeypatch, name, at):
     monkeypatch.setattr(driver.StreamedDriver, name, method)
 
 
-@pytest.mark.parametrize(("name", "place"), [("mixtral", "_compute_outputs"), ("qwen3", "_calibrate_non_blocks")])
-def test_a_stopped_run_resumes_with_the_same_bytes(name, place, homes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "place", "at", "step"),
+    [
+        ("mixtral", "_compute_outputs", 2, GPTQ),
+        ("qwen3", "_calibrate_non_blocks", 1, GPTQ),
+        # Outputs of the original blocks are computed, too.
+        ("mixtral", "_compute_outputs", 4, {"technique": "signround", "group_size": 16, "steps": 6}),
+    ],
+    ids=["mixtral", "qwen3", "mixtral, signround"],
+)
+def test_a_stopped_run_resumes_with_the_same_bytes(name, place, at, step, homes, tmp_path, monkeypatch):
     batches = random_batches(MODELS[name]())
-    streamed(homes[name], (GPTQ,), batches, tmp_path / "undisturbed")
+    streamed(homes[name], (step,), batches, tmp_path / "undisturbed")
     with monkeypatch.context() as patch:
-        stop_in(patch, place, 2 if place == "_compute_outputs" else 1)
+        stop_in(patch, place, at)
         with pytest.raises(Stop):
-            streamed(homes[name], (GPTQ,), batches, tmp_path / "stopped")
-    run = streamed(homes[name], (GPTQ,), batches, tmp_path / "stopped", resume=True)
+            streamed(homes[name], (step,), batches, tmp_path / "stopped")
+    run = streamed(homes[name], (step,), batches, tmp_path / "stopped", resume=True)
     assert run.record.stages[0]["blocks"] == (1 if place == "_compute_outputs" else 0)
     for path in (tmp_path / "undisturbed").glob("*.safetensors"):
         assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes(), path.name

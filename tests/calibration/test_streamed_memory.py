@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import HELPERS
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 RTN, GPTQ = {"technique": "rtn", "bits": 4, "group_size": 32}, {"technique": "gptq", "bits": 4, "group_size": 32}
 PEAK = """
@@ -22,22 +22,24 @@ result = int(status.split("VmHWM:")[1].split()[0]) * 1024
 """
 
 
-def growth(python, folder, width, layers, step):
+def llama(width, layers):
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 8, "num_key_value_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=layers, **sizes))
+
+
+def mixtral(width, layers):
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_attention_heads": 8, "num_key_value_heads": 8}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_hidden_layers=layers, num_local_experts=8, **sizes))
+
+
+def growth(python, folder, width, layers, step, build=llama):
     """Return the slope of peak resident bytes over model bytes, and both peaks."""
     sizes, peaks = [], []
     for count in layers:
         home = folder / f"layers-{count}"
         if not home.exists():
-            config = LlamaConfig(
-                vocab_size=64,
-                hidden_size=width,
-                intermediate_size=3 * width,
-                num_hidden_layers=count,
-                num_attention_heads=8,
-                num_key_value_heads=8,
-            )
             torch.manual_seed(0)
-            LlamaForCausalLM(config).save_pretrained(home, max_shard_size="100MB")
+            build(width, count).save_pretrained(home, max_shard_size="100MB")
         sizes.append(sum(path.stat().st_size for path in home.glob("*.safetensors")))
         code = PEAK.format(helpers=str(HELPERS), home=str(home), step=step, calibrated=step is GPTQ)
         done = python.copy(code)
@@ -59,3 +61,12 @@ def test_memory_over_two_sizes(python, tmp_path, step):
     slope, peaks = growth(python, tmp_path, 512, (14, 56), step)
     print(f"\n{step['technique']}: peaks {[round(peak / 1e6) for peak in peaks]} MB, slope {slope:.4f} byte per byte")
     assert slope < 0.05, peaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "layers"), [(RTN, (2, 6)), (GPTQ, (3, 6))], ids=["without data", "calibrated"])
+def test_memory_does_not_grow_with_a_mixture_of_experts(python, tmp_path, step, layers):
+    # Matrices of 1 MB: of smaller ones, the pages that are mapped when a tensor is counted are a large share.
+    slope, peaks = growth(python, tmp_path, 512, layers, step, mixtral)
+    print(f"\n{step['technique']}: peaks {[round(peak / 1e6) for peak in peaks]} MB, slope {slope:.4f} byte per byte")
+    assert slope < 0.2, peaks

@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import tiny_mixtures
 import torch
 from renamed_families import build_family
 from safetensors.torch import load_file, save_file
@@ -209,8 +210,19 @@ def test_a_model_without_blocks(driver):
     model = tiny_llama()
     model.model.layers = model.model.layers[:0]
     recipe = OptimConfig.parse({"steps": [{"technique": "nm"}], "driver": driver})
-    with pytest.raises(ModelError, match=f"driver {driver}: no sequence of blocks was found in LlamaForCausalLM"):
+    message = rf"driver {driver}: no sequence of blocks was found in LlamaForCausalLM: none .*; use driver: whole_model"
+    with pytest.raises(ModelError, match=message):
         preflight.check_steps(recipe, model)
+
+
+def test_a_mixture_that_cannot_be_traced_without_weights_is_not_streamed(tmp_path):
+    tiny_mixtures.build("dbrx").save_pretrained(tmp_path)  # its forward asks which tokens each expert has
+    recipe = {"steps": [{"technique": "magnitude", "sparsity": 0.5}], "driver": "streamed"}
+    for driver in ("auto", "blockwise", "whole_model"):  # which load it
+        assert look(tmp_path, {**recipe, "driver": driver}).estimates["parameters"] > 0
+    message = r"driver streamed: the blocks of DbrxForCausalLM cannot .*\(DynamicOutputShape.*; use driver: blockwise"
+    with pytest.raises(ModelError, match=message):
+        look(tmp_path, recipe)
 
 
 @pytest.mark.parametrize("driver", ["streamed", "auto"])

@@ -59,7 +59,7 @@ class StreamedDriver:
     ) -> None:
         self.run, self.steps, self.checkpoint, self.output = run, steps, checkpoint, output
         self.model = run.model
-        self.blocks = topology.blocks(self.model)
+        self.blocks = topology.require_blocks(self.model, "streamed")
         self.device = run.device or CPU
         self.rows = BatchRows(self.model)
         self.non_block_weights = NonBlockWeights(

@@ -183,7 +183,7 @@ def check_shards(found: MetaModel, source: str, strict: bool) -> list[str]:
     ``CheckpointError``.
     """
     kind = type(found.model).__name__
-    inside = tuple(f"{block.name}." for block in topology.blocks(found.model))
+    inside = tuple(f"{block.name}." for block in topology.known_blocks(found.model))
     missing = [name for name in found.missing if strict or name.startswith(inside)]
     if missing:
         raise CheckpointError(

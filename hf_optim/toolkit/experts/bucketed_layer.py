@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..topology.experts import is_packed_experts
 from . import registry
-from .bucketed_product import bucketed_product, room_of
+from .bucketed_product import bucketed_product, rooms_of
 from .buckets import Buckets, CapacityWatch
 from .product import expert_product
 
@@ -79,17 +79,17 @@ class Graph:
         self, module: Any, hidden: Tensor, experts: Tensor, weights: Tensor, capacities: tuple[int, ...]
     ) -> None:
         self.inputs = hidden.clone(), experts.clone(), weights.clone()
-        room = room_of(capacities, hidden.device)
+        self.rooms = rooms_of(module, capacities, hidden, weights)
         stream = torch.cuda.Stream(hidden.device)
         stream.wait_stream(torch.cuda.current_stream(hidden.device))
         with torch.cuda.stream(stream):  # libraries allocate what they need before the capture
             for _ in range(2):
-                bucketed_product(module, *self.inputs, capacities, room)
+                bucketed_product(module, *self.inputs, self.rooms)
         torch.cuda.current_stream(hidden.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=shared_pool(hidden.device), capture_error_mode="thread_local"):
-            self.output, self.loads = bucketed_product(module, *self.inputs, capacities, room)
-        self.room, self.device = room, hidden.device
+            self.output, self.loads = bucketed_product(module, *self.inputs, self.rooms)
+        self.device = hidden.device
         _live.add(self)
 
     def replay(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:

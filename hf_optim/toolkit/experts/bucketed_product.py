@@ -1,29 +1,56 @@
 """The product of a mixture layer in buffers of fixed size, one for each expert: shapes that do not depend on the load.
 
 Rows of an expert that no token fills are zero, and computed. Every shape follows from the capacities, and nothing waits
-for the host, so the product can be captured as a CUDA graph.
+for the host, so the product can be captured as a CUDA graph. All experts are two grouped products on the kernels, whose
+groups are the buffers; where the kernels do not compute a layer, each expert is two products of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from .plan import ranks_among_equals
 
 
+class Rooms(NamedTuple):
+    """The buffers of all experts, made before a capture, since this copies from the host.
+
+    Attributes:
+        capacities: rows of each expert.
+        sizes: the same, int64 ``[E + 1]``, with a 0 for "computed by none".
+        op: the operators of the kernels that compute the layer, or None.
+        route: of the kernels: which rows are whose.
+        block: rows of a block of the route.
+    """
+
+    capacities: tuple[int, ...]
+    sizes: Tensor
+    op: Any = None
+    route: Any = None
+    block: int = 0
+
+
+def rooms_of(module: Any, capacities: Sequence[int], hidden: Tensor, weights: Tensor) -> Rooms:
+    """Return the buffers of ``capacities`` rows for the experts of a module. hidden ``[T, d]``, weights ``[T, k]``."""
+    device, total = hidden.device, sum(capacities)
+    sizes = torch.tensor([*capacities, 0], device=device)
+    op = kernels.operators(module, hidden, weights) if total else None
+    if op is None:
+        return Rooms(tuple(capacities), sizes)
+    owners = torch.arange(len(capacities), device=device).repeat_interleave(sizes[:-1], output_size=total)
+    block = op.block_rows(total, len(capacities))
+    return Rooms(tuple(capacities), sizes, op, op.find_route(owners.unsqueeze(1), len(capacities), block), block)
+
+
 def bucketed_product(
-    module: Any,
-    hidden: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    capacities: Sequence[int],
-    room: Tensor | None = None,
+    module: Any, hidden: Tensor, experts: Tensor, weights: Tensor, rooms: Rooms
 ) -> tuple[Tensor, Tensor]:
-    """Return the output of a mixture layer whose experts have room for ``capacities`` tokens, and the loads.
+    """Return the output of a mixture layer whose experts have the room of ``rooms``, and the loads.
 
     The output is right if no load exceeds its capacity; pairs without room are left out of it.
 
@@ -32,39 +59,37 @@ def bucketed_product(
         hidden: ``[T, d]``.
         experts: int64 ``[T, k]``; numbers from the module's number of experts on stand for "computed by none".
         weights: ``[T, k]``.
-        capacities: for each expert; an expert without room is not read.
-        room: ``room_of(capacities)``, which must be made before a capture: it copies from the host.
+        rooms: ``rooms_of(module, capacities, hidden, weights)``. An expert without room is not read.
 
     Returns:
         ``[T, d]`` of the dtype of ``hidden``, and int64 ``[E]``: the pairs of each expert.
     """
-    count, device = len(capacities), hidden.device
+    count, device, total = len(rooms.capacities), hidden.device, sum(rooms.capacities)
     tokens, top_k = experts.shape
-    room = room_of(capacities, device) if room is None else room
-    starts = torch.cumsum(room, 0) - room
-    total = sum(capacities)
+    starts = torch.cumsum(rooms.sizes, 0) - rooms.sizes
     numbers = experts.reshape(-1).clamp(max=count)
     slots = ranks_among_equals(numbers)
     loads = torch.zeros(count + 1, dtype=torch.int64, device=device)
     loads = loads.scatter_add(0, numbers, torch.ones_like(numbers))[:count]
     # Pairs without room take the place behind all buffers, whose row is zero.
-    places = torch.where(slots < room[numbers], starts[numbers] + slots, total)
+    fits = slots < rooms.sizes[numbers]
+    places = torch.where(fits, starts[numbers] + slots, total)
     sources = torch.full((total + 1,), tokens, dtype=torch.int64, device=device)
     sources = sources.scatter(0, places, torch.arange(tokens * top_k, device=device) // top_k)
     rows = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])[sources[:total]]
+    if rooms.op is not None:
+        out = kernels.rows_of_experts(rooms.op, module, rows, rooms.route, rooms.block)
+        computed = torch.where(fits.view_as(experts), experts, count)
+        pairs = out[places.clamp(max=total - 1)]
+        return rooms.op.combine(pairs, computed, weights, count, hidden.dtype), loads
     parts, first = [], 0
-    for expert, size in enumerate(capacities):
+    for expert, size in enumerate(rooms.capacities):
         if size:
             parts.append(_one_expert(module, expert, rows[first : first + size]))
         first += size
     out = torch.cat([*parts, hidden.new_zeros(1, hidden.shape[1])])
     pairs = out[places].view(tokens, top_k, out.shape[1]) * weights.unsqueeze(-1)
     return pairs.sum(dim=1).to(hidden.dtype), loads
-
-
-def room_of(capacities: Sequence[int], device: torch.device) -> Tensor:
-    """Return the capacities as a tensor, int64 ``[E + 1]``, with a 0 for "computed by none"."""
-    return torch.tensor([*capacities, 0], device=device)
 
 
 def _one_expert(own: Any, expert: int, rows: Tensor) -> Tensor:

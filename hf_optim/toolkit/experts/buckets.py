@@ -110,8 +110,8 @@ class CapacityWatch:
         if self.capacities is None:
             return self._set(wanted)
         if sum(self.overflows) >= self.buckets.trigger:
-            # The others keep their room: a load that is low in this window may return.
-            return self._set(tuple(map(max, self.capacities, wanted)))
+            # Of all experts: what one needed before the window would pad, as long as another one's load grows.
+            return self._set(wanted)
         full = len(self.loads) == self.buckets.window
         if full and sum(self.capacities) > self.buckets.slack * max(1, sum(wanted)):
             return self._set(wanted)

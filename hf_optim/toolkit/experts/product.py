@@ -6,8 +6,8 @@ It computes what the eager forwards of transformers' expert classes compute, for
 without a gate, with biases, transposed, interleaved, with a norm behind each expert. Pairs are sorted by expert, so
 that each matrix is read once; pairs that no expert computes stand last and cost no product.
 
-On a CUDA device kernels compute it (``kernels``). Where a gradient is needed, and on a CPU, PyTorch's grouped product
-does.
+On a CUDA device kernels compute it (``kernels``), those with gradients only if ``kernels.TRAINS`` is set. On a CPU, and
+for gradients otherwise, PyTorch's grouped product does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def expert_product(module: nn.Module, hidden: Tensor, experts: Tensor, weights: 
     own: Any = module
     if is_packed_experts(module):
         return own.mixture_product(hidden, experts, weights)
-    op = kernels.operators(module, hidden, weights)
+    op = kernels.operators(module, hidden, weights, with_gradients=True)
     if op is not None:
         return kernels.product(op, module, hidden, experts, weights)
     tokens, top_k = experts.shape

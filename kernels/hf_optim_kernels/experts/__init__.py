@@ -2,5 +2,5 @@
 
 ``naive`` is the specification, ``routing`` the kernels that sort pairs of token and expert, ``decode`` the kernels for
 few pairs, ``grouped`` those for many, ``launch`` the choice among them, ``op`` the operators, ``bench`` the contenders
-of ``hf-optim bench``.
+of ``hf-optim bench``. Training has the same files: ``naive_backward``, ``backward``, ``training``, ``training_op``.
 """

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..common import tuning
 from ..common.compute_type import compute_constants
 from ..common.gemm import multiprocessor_count
 from ..common.launch import is_aligned, launch
@@ -55,6 +56,20 @@ def plan(tokens: int, top_k: int, experts: int, inner: int, hidden: int, transpo
     return Plan(block, default_tiles(block, inner, hidden, gated), default_tiles(block, hidden, inner, False))
 
 
+def tuned(how: Plan, hidden: Tensor, inner: int) -> Plan:
+    """Return a plan with the tiles of a tuning table (``experts-up 14336x4096x16``, by the rows of a block)."""
+    d, rows = hidden.shape[1], max(1, how.block)
+
+    def chosen(part: str, columns: int, length: int, tiles: Tiles) -> Tiles:
+        found = tuning.choose(
+            f"experts-{part}", (columns, length), rows, hidden.dtype, hidden.device, lambda _: tiles._asdict(),
+            variant=tiles,
+        )  # fmt: skip
+        return Tiles(**found)
+
+    return Plan(how.block, chosen("up", inner, d, how.up), chosen("down", d, inner, how.down))
+
+
 def decodes(tokens: int, top_k: int, experts: int) -> bool:
     """Return True if pairs are so few that most are alone with their expert: each reads its matrices by itself."""
     return tokens == 1 or (tokens <= MOST_DECODED and 2 * tokens * top_k <= experts)
@@ -85,7 +100,8 @@ def mixture(
         return torch.zeros_like(hidden)
     up, down = given.matrices
     count, inner = up.shape[0], down.shape[2]
-    how = how or plan(tokens, top_k, count, inner, d, given.transposed, gate.layout != UNGATED)
+    if how is None:
+        how = tuned(plan(tokens, top_k, count, inner, d, given.transposed, gate.layout != UNGATED), hidden, inner)
     if how.block == 0:
         middle, semaphores = decode_up(hidden, experts, given, gate, how.up)
         return decode_down(middle, semaphores, experts, weights, given, how.down, hidden.dtype)

@@ -2,7 +2,7 @@
 
 On a CUDA device they run the Triton kernels, on a CPU the specification (or, under ``TRITON_INTERPRET=1``, the
 interpreted kernels). They have fake implementations, so that graphs with them compile without a break. Nothing waits
-for the host. They have no gradient: where one is needed, PyTorch's grouped product computes the layer.
+for the host. They have no gradient; ``training_mixture`` is the layer with gradients.
 
 Each function here runs its operator while ``torch.compile`` traces, and otherwise the kernels past the dispatcher,
 which costs more than a decoding step of a small layer.
@@ -19,6 +19,7 @@ from .naive import Gate as Gate
 from .naive import Route
 from .naive import Weights as Weights
 from .naive import block_rows as block_rows
+from .training_op import training_mixture as training_mixture
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -86,8 +86,9 @@ def test_wrong_priorities():
     ids=["dense", "nllb", "jetmoe", "dbrx", "k-above-E"],
 )
 def test_models_without_experts_on_the_interface(cls, build, text):
-    with pytest.raises(ModelError, match=rf"step 1 \({cls.spec.name}\).*{text}"):
-        hf_optim.optimize(build(), [cls(measure=False)])
+    for measure in (False, True):  # data that nobody gave are not asked for
+        with pytest.raises(ModelError, match=rf"step 1 \({cls.spec.name}\).*{text}"):
+            hf_optim.optimize(build(), [cls(measure=measure)])
     assert not is_registered()
 
 
