@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,9 +151,28 @@ def packing_fits(model: Any, names: Iterable[str]) -> bool:
     """Return True if transformers can initialize a model whose linear layers of these names have no ``weight``."""
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
+    cls, without = type(model), frozenset(names)
+    try:
+        key = cls, getattr(cls, "_init_weights", None), config.to_json_string(use_diff=False), without
+    except TypeError:  # a value that is not one of JSON
+        return _initializes(cls, config, without)
+    fits = _fits.get(key)
+    if fits is None:
+        fits = _fits[key] = _initializes(cls, config, without)
+        while len(_fits) > KEPT_FITS:
+            _fits.pop(next(iter(_fits)), None)
+    return fits
+
+
+KEPT_FITS = 16
+_fits: dict[Hashable, bool] = {}
+"""The last results: a step asks before its work, and again when it stores codes."""
+
+
+def _initializes(cls: Any, config: Any, without: Iterable[str]) -> bool:
     with torch.device("meta"), torch.no_grad():
-        meta_model = type(model)(config)
-        for name in names:
+        meta_model = cls(config)
+        for name in without:
             del meta_model.get_submodule(name).weight
         try:
             for module in meta_model.modules():  # built on the meta device, all count as initialized

@@ -30,6 +30,7 @@ from ..toolkit.checkpoint.placement import load_placed
 from ..toolkit.topology.experts import ExpertLinear, fused_experts
 from ..toolkit.topology.fake_model import copy_with_tensors
 from ..toolkit.topology.selection import PatternError
+from ..toolkit.topology.trace_cache import StructureCache, structure
 from ..trust.code import is_stock
 from .codec import scheme_on
 from .dense_conversions import keep_model_names
@@ -112,7 +113,10 @@ def _without_fp8(message: str, scope: Scope, targets: tuple[str, ...], skip: tup
     return message
 
 
-@torch.no_grad()
+_problems = StructureCache()
+"""What was found for recent structures, layers and schemes."""
+
+
 def reload_problem(model: Any, layers: Mapping[str, Any], scheme: QuantizationScheme) -> str:
     """Return why stock transformers could not load ``model`` with these layers stored by a scheme, or ``""``.
 
@@ -122,6 +126,15 @@ def reload_problem(model: Any, layers: Mapping[str, Any], scheme: QuantizationSc
             checkpoint.
         scheme: how they are stored, with one scale for each channel.
     """
+    key = structure(model, {}, ())
+    if key is not None:
+        key = key, tuple((name, type(layer)) for name, layer in layers.items()), scheme.model_dump_json()
+    problem: str = _problems.get(key, lambda: _tried(model, layers, scheme))
+    return problem
+
+
+@torch.no_grad()
+def _tried(model: Any, layers: Mapping[str, Any], scheme: QuantizationScheme) -> str:
     try:
         config, state = _claimed(model, layers, scheme)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -33,7 +33,6 @@ from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.testing.models import TINY
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import remote_code_guard, replace
-from hf_optim_plugins.attention import _local_pattern
 from hf_optim_plugins.attention.local import Local
 
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -46,7 +45,7 @@ def converted(model=None, window=4):
     model = remote_code.convert(
         model if model is not None else tiny_gpt2(), CODE, {"window": window, "full_layers": []}
     )
-    model.set_attn_implementation(_local_pattern.ATTACHMENT.name)
+    model.attach_attention()
     return model
 
 

@@ -21,6 +21,7 @@ from tiny_models import tiny_llama, tiny_mixtral, tiny_qwen2
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import hf_optim
 from hf_optim.compressed.packed.layouts import GPTQLayout
 from hf_optim.compressed.packed.packed_experts import PackedExperts
 from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
@@ -293,6 +294,11 @@ def test_scales_of_keys_and_values_are_left_out_with_a_warning(kind, shown, tmp_
         model = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto", dtype=torch.float32)
     assert packed(model) == 14
     assert close(model, dense)
+    report = hf_optim.report(model)
+    assert report.summary.endswith(f"keys and values in full precision (kv_cache_scheme {shown} not applied)")
+    assert report.to_json()["cache"] == shown
+    model.save_pretrained(tmp_path / "saved")
+    assert "not applied" not in hf_optim.report(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")).summary
 
 
 def test_a_checkpoint_with_nothing_but_scales_of_keys_and_values(tmp_path):

@@ -23,9 +23,11 @@ from transformers import (
 import hf_optim
 from hf_optim import ModelError, compressed
 from hf_optim.cli import main
+from hf_optim.compressed import reload_check
 from hf_optim.compressed.reload_check import reload_problem
 from hf_optim.runs.run import run_of
 from hf_optim.runs.scope import Scope
+from hf_optim.toolkit.topology.trace_cache import StructureCache
 
 W4 = {"technique": "rtn", "bits": 4, "group_size": 16}
 W8A8 = {"technique": "rtn", "bits": 8, "activations": "int8"}
@@ -68,6 +70,15 @@ def problem_of(model, recipe):
     scope = Scope("", model, model)
     layers, _ = compressed.storable(scope, ("Linear",), integer=recipe != "fp8", experts=True)
     return reload_problem(model, layers, STORED[recipe])
+
+
+def test_one_structure_is_tried_once_with_the_same_scheme(monkeypatch):
+    tried = []
+    monkeypatch.setattr(reload_check, "_problems", StructureCache())
+    monkeypatch.setattr(reload_check, "_tried", lambda *given: f"problem {tried.append(given) or len(tried)}")
+    assert [problem_of(tiny_llama(), recipe) for recipe in ("w4", "w4", "fp8")] == ["problem 1"] * 2 + ["problem 2"]
+    assert problem_of(tiny_llama(intermediate_size=80), "w4") == "problem 3"
+    assert reload_problem(tiny_llama(), {}, STORED["w4"]) == "problem 4"
 
 
 @pytest.mark.many

@@ -96,6 +96,19 @@ def test_a_win_is_by_the_means_and_a_clear_one_by_more_than_the_spread(parts):
     assert not found.clear  # level with AWQ
 
 
+def test_a_single_draw_of_ours_wins_nothing_clearly(parts):
+    cells = filled(parts, lambda cell: 1.0 + 0.1 * cell.draw + 2.0 * (cell.method != "best"))
+    judge = parts["peer_verdicts"].judge
+    for key in [key for key in cells if "AWQ" in key and not key.endswith(" 0")]:
+        del cells[key]  # a tool's spread is then ours
+    assert judge(cells, "babyllama-1m", 4, 32, "best").clear
+    for draw in (1, 2):
+        del cells[f"babyllama-1m | 4 | 32 | best | {draw}"]
+    found = judge(cells, "babyllama-1m", 4, 32, "best")
+    assert found.won
+    assert not found.clear
+
+
 def test_only_draws_that_both_have_are_compared(parts):
     cells = filled(parts, lambda cell: 3.0 + cell.draw * (cell.method == "best"))
     assert parts["peer_verdicts"].judge(cells, "stories260k", 3, 32, "best").worse["AutoRound"] == (3.0, 4.0)
@@ -160,6 +173,17 @@ def test_the_bars_on_one_model_are_met_missed_or_open(parts):
     ]
 
 
+def test_what_is_better_than_the_model_itself_is_told(parts):
+    cells = filled(parts, lambda cell: 2.0 + 0.01 * cell.draw)
+    dense = {"babyllama-1m": {"quality": 2.02}, "MiniLM, STS-B": {"quality": 1.98}}
+    above = parts["peer_verdicts"].above_dense
+    assert above(cells, dense, ["gptq"]) == [
+        f"MiniLM, STS-B at {bits} bits (1.9800): gptq 2.0100" for bits in (4, 3, 2)
+    ]
+    dense["MiniLM, STS-B"]["quality"] = 1.995  # within the spread
+    assert above(cells, dense, ["gptq"]) == []
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 def test_tables_have_means_spreads_and_reasons(parts):
     cells = filled(
@@ -175,6 +199,16 @@ def test_tables_have_means_spreads_and_reasons(parts):
     assert "Dense 1.5000; lower is better." in text
 
 
+def test_one_method_alone_is_neither_the_best_nor_a_panel(parts):
+    page = parts["beside_peers_page"]
+    alone = {f"babyllama-1m | {bits} | channel | gptq | 0": result(2.0) for bits in (4, 3)}
+    assert "| ours: gptq | 2.0000 (1) | 2.0000 (1) |  | 2 | 3 |" in page.page({"cells": alone, "dense": {}})
+    assert not page._has_a_line(alone, "babyllama-1m", None)
+    both = alone | {"babyllama-1m | 4 | channel | AutoRound | 0": result(3.0)}
+    assert "| ours: gptq | **2.0000 (1)** | 2.0000 (1) |  | 2 | 3 |" in page.page({"cells": both, "dense": {}})
+    assert page._has_a_line(both, "babyllama-1m", None)
+
+
 def test_the_steps_of_the_best_recipe_are_told(parts):
     page = parts["beside_peers_page"].page
     step = {"technique": "signround", "bits": 3, "steps": 200}
@@ -184,6 +218,9 @@ def test_the_steps_of_the_best_recipe_are_told(parts):
     assert "gains of the norms" not in text
     step["tune_norms"] = True
     assert "They also learn the gains of the norms" in page({"cells": cells, "dense": {}})
+    assert "batch_tokens" not in text
+    step["batch_tokens"] = 256
+    assert "none to windows of 256 tokens" in page({"cells": cells, "dense": {}})
 
 
 def test_the_page_is_what_the_results_give(parts):

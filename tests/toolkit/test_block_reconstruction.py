@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from hf_optim.toolkit.quantization import ProjectedAdam
-from hf_optim.toolkit.quantization.block_reconstruction import BlockExamples, reconstruct_block
+from hf_optim.toolkit.quantization.block_reconstruction import (
+    COMPARED_SEQUENCES,
+    COMPARED_TOKENS,
+    BlockExamples,
+    reconstruct_block,
+)
 
 CPU = torch.device("cpu")
 
@@ -39,6 +44,19 @@ def trained(block, parameters, examples, **fields):
 )
 def test_evenly_spaced_examples_have_enough_sequences(sizes, sequences, found):
     assert examples_of(sizes).some(sequences) == found
+
+
+def test_short_sequences_are_taken_more_at_a_time():
+    examples = examples_of([1, 2, 1, 3, 1])  # of 5 tokens each
+    assert examples.sizes[3] == (3, 15)
+    assert examples.some(1, 11) == [1, 3]
+    assert examples.some(1, 26) == [0, 1, 3, 4]
+    assert examples.some(1, 100) == [0, 1, 2, 3, 4]
+    taken = [group for group, _ in zip(examples.batches(1, 0, 16), range(6), strict=False)]
+    assert all(sum(5 * examples.sizes[number][0] for number in group) >= 16 for group in taken)
+    assert min(map(len, taken)) < 4
+    assert [sorted(next(examples.batches(1, seed, 100))) for seed in range(2)] == [[0, 1, 2, 3, 4]] * 2
+    assert next(examples.batches(2, 0)) == next(examples.batches(2, 0, 10))
 
 
 def test_the_mean_is_over_sequences():
@@ -102,14 +120,14 @@ def test_gradients_of_half_precision_are_summed_in_float32():
 
 
 def test_a_small_gain_on_the_compared_examples_is_confirmed_on_all():
-    """Example 1 of three is compared with 32 sequences; what gains a little there and loses elsewhere is not kept."""
-    x = torch.ones(32, 1, 1, dtype=torch.float64)
+    """Example 1 of three has enough sequences and tokens; what gains a little there and loses elsewhere is not kept."""
+    x = torch.ones(32, 128, 1, dtype=torch.float64)
     for elsewhere, expected in ((-4.0, 0.0), (4.0, 0.02)):
         outputs = [elsewhere, 2.0, elsewhere]
         examples = BlockExamples(
             [SimpleNamespace(args=(x,), kwargs={}, output=value * x, rows=None) for value in outputs], CPU
         )
-        assert examples.some(32) == [1]
+        assert examples.some(COMPARED_SEQUENCES, COMPARED_TOKENS) == [1]
         shift = torch.zeros(1, dtype=torch.float64, requires_grad=True)
 
         def step(tensors):

@@ -18,7 +18,7 @@ from ...errors import ModelError
 from ...runs.acceptance import require_runnable
 from ...runs.progress import progress
 from ...runs.run import Run, find_run
-from ...toolkit import experts, packing, topology
+from ...toolkit import attention, experts, packing, topology
 from ...toolkit.offloading import find_state, restore_weights
 from ...toolkit.topology.linear_layers import parameter_names
 from ..experts import expert_schemes
@@ -85,6 +85,7 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     experts.attach_stored_settings(model)
     experts.attach_experts(model)
     packing.attach_stored_packing(model)
+    attention.attach_again(model)
     pack_layers(model, tuple(kernels) if kernels is not None else kernels_for(model), {})
     return model
 
@@ -194,8 +195,14 @@ def restore(model: nn.Module) -> nn.Module:
 
     The weights of an offloaded model (``offload``) are brought back to its device first, all of them.
     Experts compute with the implementation that they had before, and without a capacity (``capacity_routing``), as in
-    stock transformers, until ``accelerate`` is called. An encoder has its stock forward, too. A model without packed
-    layers and experts is left unchanged.
+    stock transformers, until ``accelerate`` is called. An encoder has its stock forward, too.
+
+    So has the attention of a technique, sparse or learned: the model computes the attention of its stock class with the
+    weights that it has, and the function and mask of the technique leave transformers' registries with the last model
+    that used them. Its settings stay in the configuration, and ``accelerate`` attaches them. Techniques that replaced
+    modules of the model (``reformer``, ``routing_transformer``, ``set_transformer``, ``transformer_xl``,
+    ``compressive_transformer``, ``mqa``, ``act``) stay: no stock class computes these. Other models without packed
+    layers are left unchanged.
     """
     from ..quantizer import detach_quantizer
 
@@ -209,6 +216,7 @@ def restore(model: nn.Module) -> nn.Module:
     experts.detach_settings(model)
     experts.detach_experts(model)
     packing.detach_packing(model)
+    attention.detach(model)
     model.__dict__.pop(UNSUPPORTED, None)
     inner = _pretrained(model)
     if inner is not None and inner.__dict__.pop(ATTACHED, False):

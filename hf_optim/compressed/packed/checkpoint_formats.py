@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 # The module with which compressed-tensors quantizes keys and values, where it knows the model's attention.
 APPLIES_SCALES = "QuantizedKVCache"
+# In the dict of a loaded model: what ``unapplied_cache_scheme`` found.
+UNAPPLIED_CACHE = "_hf_optim_unapplied_cache"
 # The keys of a compressed-tensors configuration that are read here, or do not affect the layers.
 KNOWN_KEYS = ("version", "quant_method", "config_groups", "format", "ignore", "quantization_status")
 
@@ -85,24 +87,29 @@ def _require_no_online_transforms(config: Any) -> None:
             )
 
 
-def unapplied_parts(model: nn.Module, config: Any) -> list[str]:
-    """Return what the checkpoint of a loaded model asks for and the model does not do, a sentence each.
+def unapplied_cache_scheme(model: nn.Module, config: Any) -> str:
+    """Return the kind of keys and values (``"int8"``) that a checkpoint asks for and its loaded model does not have.
 
-    ``config`` is the model's configuration as it was stored.
+    ``config`` is the model's configuration as it was stored. Empty if there is nothing of the kind.
     """
     stored: Any = getattr(config, "quantization_config", None)
     if not isinstance(stored, Mapping):
         stored = stored.to_dict() if hasattr(stored, "to_dict") else {}
     scheme = stored.get("kv_cache_scheme")
     if not scheme or any(type(module).__name__ == APPLIES_SCALES for module in model.modules()):
-        return []
+        return ""
     scheme = scheme if isinstance(scheme, Mapping) else scheme.model_dump()
-    kind = f"{'float' if scheme.get('type') == 'float' else 'int'}{scheme.get('num_bits')}"
-    return [
+    return f"{'float' if scheme.get('type') == 'float' else 'int'}{scheme.get('num_bits')}"
+
+
+def unapplied_cache_warning(kind: str) -> str:
+    """Return what a checkpoint's scales of keys and values would have done, and what to do instead."""
+    return (
         f"keys and values stay in full precision: the checkpoint's kv_cache_scheme ({kind}, scales in the file) is not "
         "applied, so that its results are those of the weights alone, and its cache takes the memory of the model's "
-        "dtype. hf_optim.key_value_cache(model, hf_optim.KeyValueScheme(bits=8)) is a cache with scales of its own"
-    ]
+        "dtype; save_pretrained writes neither scheme nor scales. For a cache of 8 bits with scales of its own, give "
+        "generate past_key_values=hf_optim.key_value_cache(model, hf_optim.KeyValueScheme(bits=8))"
+    )
 
 
 def require_divisible_inputs(model: nn.Module) -> None:

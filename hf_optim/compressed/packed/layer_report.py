@@ -21,6 +21,7 @@ from ..outlier_columns import outlier_thresholds
 from ..weights import Codes, QuantizedWeight
 from . import codebook_layers
 from .accelerate import NOT_COMPRESSED, UNSUPPORTED, kernels_for
+from .checkpoint_formats import UNAPPLIED_CACHE
 from .describe import OFFLOADED, describe_module, describe_weight, scheme_unsupported_reason
 from .expert_swap import describe_stored, first_experts_kernel
 from .kernel import NO_KERNEL, Kernel
@@ -62,6 +63,7 @@ class Report(list[LayerReport]):
     Attributes:
         experts: what the experts of each mixture layer that is not quantized run on, by the name of their module.
         rank: ``"rank 0 of 2"`` for a model that several ranks share, else empty.
+        cache: ``"int8"`` if the checkpoint asks for such keys and values and the model does not have them, else empty.
 
     ``str()`` gives ``summary``, then one row for layers that differ only in the number of their block. ``full()`` has
     one row per layer, and ``to_json()`` all of it in JSON types.
@@ -69,12 +71,17 @@ class Report(list[LayerReport]):
 
     experts: dict[str, str]
     rank: str
+    cache: str
 
     def __init__(
-        self, rows: Iterable[LayerReport] = (), experts: Mapping[str, str] | None = None, rank: str = ""
+        self,
+        rows: Iterable[LayerReport] = (),
+        experts: Mapping[str, str] | None = None,
+        rank: str = "",
+        cache: str = "",
     ) -> None:
         super().__init__(rows)
-        self.rank = rank
+        self.rank, self.cache = rank, cache
         self.experts = dict(experts or {})
 
     @property
@@ -95,6 +102,8 @@ class Report(list[LayerReport]):
             counts = ", ".join(f"{format_count(count)} by {how}" for how, count in cut.items())
             parts.insert(0, f"{self.rank}: {counts.replace('by whole on each rank', 'whole')}")
         parts += [f"experts of {format_count(count)} layers on {what}" for what, count in found.items()]
+        if self.cache:
+            parts.append(f"keys and values in full precision (kv_cache_scheme {self.cache} not applied)")
         return "; ".join(parts)
 
     def __str__(self) -> str:
@@ -118,7 +127,7 @@ class Report(list[LayerReport]):
             if not each["part"]:
                 del each["part"]
         found = {"summary": self.summary, "layers": layers, "experts": self.experts}
-        return found | ({"rank": self.rank} if self.rank else {})
+        return found | {name: value for name in ("rank", "cache") if (value := getattr(self, name))}
 
 
 def report(model: nn.Module) -> Report:
@@ -137,7 +146,8 @@ def _report(model: nn.Module) -> Report:
     thresholds = outlier_thresholds(model, linears) if unsupported is None else {}
     mixtures = {name: module for name, module in fused_experts(model).items() if not expert_schemes(module)}
     rank = str(vars(model).get(RANK, ""))
-    rows = Report((), rank=rank, experts={name: experts.implementation_of(module) for name, module in mixtures.items()})
+    running = {name: experts.implementation_of(module) for name, module in mixtures.items()}
+    rows = Report((), running, rank, str(vars(model).get(UNAPPLIED_CACHE, "")))
     for name, module in (linears | codebook_layers.codebook_linears(model)).items():
         shape = topology.features(module)
         if isinstance(module, codebook_layers.PackedCodebookLayer):

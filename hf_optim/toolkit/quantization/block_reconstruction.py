@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from transformers import Cache
 
 from ...errors import NumericalError
 
-# How often, at most, states are compared, and on how many sequences: each time costs a forward pass over them.
+# How often, at most, states are compared, and on how many sequences and tokens, at least: each time costs a forward
+# pass over them.
 MAX_EVALUATIONS = 10
-COMPARED_SEQUENCES = 32
+COMPARED_SEQUENCES, COMPARED_TOKENS = 32, 4096
 # A loss that is smaller than this share of the one before training is smaller on the other sequences, too.
 CERTAIN_GAIN = 0.9
 
@@ -51,10 +52,20 @@ class BlockExamples:
             return len(_hidden_states(example.output))
         return int(example.rows.flatten(1).any(1).sum()) if example.rows.dim() > 1 else 1
 
+    def num_tokens(self, number: int) -> int:
+        """Return the number of rows of one example that count."""
+        example = self.examples[number]
+        return _hidden_states(example.output)[..., 0].numel() if example.rows is None else int(example.rows.sum())
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sequences and the tokens of each example."""
+        return [(self.num_sequences(number), self.num_tokens(number)) for number in range(len(self))]
+
     @property
     def total_sequences(self) -> int:
-        """Return the number of sequences in all examples."""
-        return sum(map(self.num_sequences, range(len(self))))
+        """The number of sequences in all examples."""
+        return sum(sequences for sequences, _ in self.sizes)
 
     def require_finite(self, label: str) -> None:
         """Raise ``NumericalError``, with a message that starts with ``label``, if an output is not finite."""
@@ -86,25 +97,34 @@ class BlockExamples:
         total = math.fsum(float(self.loss(block, number)) * count for number, count in counts.items())
         return total / max(sum(counts.values()), 1)
 
-    def some(self, sequences: int) -> list[int]:
-        """Return evenly spaced examples with at least ``sequences`` sequences; all, if there are no more."""
-        share = min(1.0, sequences / max(self.total_sequences, 1))
-        for count in range(max(1, math.ceil(share * len(self))), len(self)):
+    def some(self, sequences: int, tokens: int = 0) -> list[int]:
+        """Return evenly spaced examples with so many sequences and tokens, at least; all, if there are no more."""
+        wanted = (sequences, tokens)
+        totals = [max(1, sum(column)) for column in zip(*self.sizes, strict=True)]
+        share = max(want / total for want, total in zip(wanted, totals, strict=True))
+        for count in range(max(1, math.ceil(min(share, 1.0) * len(self))), len(self)):
             found = [(2 * number + 1) * len(self) // (2 * count) for number in range(count)]
-            if sum(map(self.num_sequences, found)) >= sequences:
+            if self._is_enough(found, wanted):
                 return found
         return list(range(len(self)))
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[list[int]]:
-        """Yield groups of examples of at least ``batch_size`` sequences in random order, endlessly."""
+    def batches(self, batch_size: int, seed: int, tokens: int = 0) -> Iterator[list[int]]:
+        """Yield groups of examples of so many sequences and tokens, at least, in random order, endlessly.
+
+        A group has no more examples than there are.
+        """
         generator = torch.Generator().manual_seed(seed)
         group: list[int] = []
         while True:
             for number in torch.randperm(len(self), generator=generator).tolist():
                 group.append(number)
-                if sum(map(self.num_sequences, group)) >= min(batch_size, self.total_sequences):
+                if len(group) >= len(self) or self._is_enough(group, (batch_size, tokens)):
                     yield group
                     group = []
+
+    def _is_enough(self, numbers: Sequence[int], wanted: tuple[int, int]) -> bool:
+        found = zip(*(self.sizes[number] for number in numbers), strict=True)
+        return all(sum(column) >= want for column, want in zip(found, wanted, strict=True))
 
 
 def _masked_mse(output: Tensor, target: Tensor, rows: Tensor) -> Tensor:
@@ -158,11 +178,12 @@ def reconstruct_block(
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
     evaluate_every: int = 1,
     weights: Weights | None = None,
+    batch_tokens: int = 0,
 ) -> tuple[float, float]:
     """Train ``parameters`` until ``block`` reproduces the outputs of ``examples``; keep the best state seen.
 
-    States are compared on the same ``COMPARED_SEQUENCES`` sequences. A gain below a tenth there over the state before
-    training is confirmed on all sequences, so that the loss does not rise.
+    States are compared on the same ``COMPARED_SEQUENCES`` sequences, more if they have few tokens. A gain below a tenth
+    there over the state before training is confirmed on all sequences, so that the loss does not rise.
 
     Args:
         block: the block, in the training or evaluation mode that the caller chose, or a function that computes it.
@@ -178,6 +199,7 @@ def reconstruct_block(
         evaluate_every: epochs, at least, between comparisons.
         weights: computed once for each step and comparison, for all of its examples; ``block`` gets them as its first
             argument. None for a block that reads the parameters itself.
+        batch_tokens: tokens per step, at least: short sequences are taken more at a time.
 
     Returns:
         The mean loss before and after over the sequences that were compared; the second is not larger.
@@ -187,7 +209,7 @@ def reconstruct_block(
         with torch.no_grad():
             return _checked(examples.mean_loss(block if weights is None else partial(block, weights()), numbers), label)
 
-    compared, everything = examples.some(COMPARED_SEQUENCES), range(len(examples))
+    compared, everything = examples.some(COMPARED_SEQUENCES, COMPARED_TOKENS), range(len(examples))
     before = best = mean_loss(compared)
     if not learning_rate or not steps:
         return before, before
@@ -195,9 +217,10 @@ def reconstruct_block(
     descent = torch.optim.Adam(masters, lr=learning_rate) if optimizer is None else optimizer(masters)
     rates = [group["lr"] for group in descent.param_groups]
     first = kept = _copies(parameters)
-    epoch = math.ceil(examples.total_sequences / batch_size)
+    tokens = sum(count for _, count in examples.sizes)
+    epoch = min(math.ceil(examples.total_sequences / batch_size), math.ceil(tokens / max(batch_tokens, 1)))
     every = max(math.ceil(steps / MAX_EVALUATIONS), evaluate_every * epoch if epoch > 1 else 1)
-    for step, numbers in zip(range(steps), examples.batches(batch_size, seed), strict=False):
+    for step, numbers in zip(range(steps), examples.batches(batch_size, seed, batch_tokens), strict=False):
         for group, rate in zip(descent.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / steps)
         _checked(_set_gradients(block, parameters, masters, examples, numbers, masks, weights), label)

@@ -19,6 +19,8 @@ Learned rotations match the outputs of the model as it was (``KL(p || q)``); Spi
 Weights and inputs are rounded in its forward, or one of both.
 
 Folded rotations cost nothing at run time. On their own they make nothing smaller, so a recipe must quantize after them.
+Inputs of 8 bits run on int8 kernels where weights have a scale per output channel. Those of 4 bits are rounded and
+multiplied in floating point, on every device: what is shown of W4A4 here is its quality, not the papers' speed.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ class SignRound(Technique):
         optimizer: ``"sign"``, the paper's, or ``"adam"``.
         steps: of the optimizer for each block.
         batch_size: sequences per step, in whole calibration batches.
+        batch_tokens: tokens per step, at least: where sequences are short a step takes more of them.
         learning_rate: of the offsets at the start; None for ``1 / steps``.
         range_rate: of the shares of the ranges; None for that of the offsets, 0 keeps the ranges of the observer.
         largest_offset: how far an offset may move, in codes; None as far as it likes. The paper's is 0.5.
@@ -110,6 +111,7 @@ class SignRound(Technique):
     optimizer: Literal["sign", "adam"] = "sign"
     steps: int = option(200, low=0)
     batch_size: int = option(8, low=1)
+    batch_tokens: int = option(0, low=0)
     learning_rate: float | None = option(None, low=0.0)
     range_rate: float | None = option(None, low=0.0)
     largest_offset: float | None = option(0.5, low=0.5)
@@ -189,6 +191,7 @@ class SignRound(Technique):
                 optimizer=lambda tensors: self._descent(made, tensors[len(tensors) - len(vectors) :]),
                 evaluate_every=2,
                 weights=block.weights,
+                batch_tokens=self.batch_tokens,
             )
         for name, layer in layers.items():
             codes, grid = made[name].quantize()

@@ -320,7 +320,6 @@ def encoder(minilm):
 
 
 @pytest.mark.real_model
-@pytest.mark.smoke
 def test_of_a_real_model_few_weights_are_outliers_and_three_bits_are_nearer_than_rounding(encoder):
     dense = {n: m.weight.detach() for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and "encoder" in n}
     model = gobo(copy.deepcopy(encoder), bits=3, embedding_bits=3)
