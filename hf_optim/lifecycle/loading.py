@@ -21,7 +21,7 @@ from ..checkpoints.saving import attach_exit_save
 from ..checkpoints.source import name_of_load
 from ..compressed.packed.accelerate import kernels_for
 from ..compressed.packed.loader import with_packed_quantizer
-from ..errors import CheckpointError, ModelError, RecipeError
+from ..errors import CheckpointError, DataError, ModelError, RecipeError
 from ..recipes.composition import step_label
 from ..recipes.config import DataConfig, OptimConfig
 from ..recipes.contract import OnRanks
@@ -49,6 +49,7 @@ from .offloaded import (
     report_plan,
 )
 from .stages import attach_model, require_data, run_stages, start_run
+from .step_checks import require_supported_steps
 from .tensor_parallel import divides, load_part, requested
 
 log = logging.getLogger(__name__)
@@ -202,7 +203,11 @@ def optimize(
     run.device = torch.device(device) if device is not None else None
     recipe.check(traits_of(model))
     _refuse_shards(recipe, model)
-    require_data(run, calibration)
+    try:
+        require_data(run, calibration)
+    except DataError:
+        require_supported_steps(recipe, model, dense=dense)  # no data would help a model that a step refuses
+        raise
     apply_prepared(run, model)
     attach_model(run, model, getattr(model.config, "_name_or_path", None))
     model = run_stages(run, calibration)
@@ -298,7 +303,12 @@ def _put_on_kernels(model: PreTrainedModel) -> None:
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load a checkpoint unchanged; run its compressed layers on kernels, and its experts with their capacity."""
     from ..compressed.packed.accelerate import accelerate
-    from ..compressed.packed.checkpoint_formats import require_divisible_inputs, unapplied_parts
+    from ..compressed.packed.checkpoint_formats import (
+        UNAPPLIED_CACHE,
+        require_divisible_inputs,
+        unapplied_cache_scheme,
+        unapplied_cache_warning,
+    )
     from ..compressed.packed.packed_linear import KernelWarning
     from ..toolkit.experts import attach_experts, attach_stored_settings, detach_experts
     from ..toolkit.packing import attach_stored_packing
@@ -333,8 +343,9 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
         require_runnable(model)
         require_divisible_inputs(model)
         accelerate(model)
-    for sentence in unapplied_parts(model, config):
-        warnings.warn(sentence, KernelWarning, stacklevel=4)
+    if kind := unapplied_cache_scheme(model, config):
+        vars(model)[UNAPPLIED_CACHE] = kind
+        warnings.warn(unapplied_cache_warning(kind), KernelWarning, stacklevel=4)
     attach_stored_settings(model)
     (attach_experts if given_experts is None else detach_experts)(model)
     _attach_exits(model, source, kwargs)

@@ -15,7 +15,7 @@ import pluggy
 from ..errors import RecipeError
 from ..trust.bounds import shown
 from . import hooks
-from .field_checks import did_you_mean
+from .field_checks import did_you_mean, nearest
 from .technique import Technique
 
 GROUP = "hf_optim"
@@ -34,6 +34,12 @@ class Catalogue:
         """Return the names of all techniques, sorted, without importing any."""
         return sorted({*self._entry_points, *self._classes})
 
+    def names_near(self, name: str) -> str:
+        """Return, for an error, the names most like ``name`` and where all are listed."""
+        names = self.names()
+        near = nearest(name, names)
+        return f"{', '.join(near)}{', ...; ' if near else ''}`hf-optim list` shows all {len(names)}"
+
     def register(self, cls: type[Technique]) -> None:
         """Add a technique class. Raises ``RecipeError`` if another class has its name."""
         known = self._classes.get(cls.spec.name)
@@ -50,8 +56,7 @@ class Catalogue:
             entry = self._entry_points.get(name)
             if entry is None:
                 raise RecipeError(
-                    f"no technique {shown(name)}{did_you_mean(name, self.names())} (`hf-optim list` shows all "
-                    f"{len(self.names())})"
+                    f"no technique {shown(name)}{did_you_mean(name, self.names())} ({self.names_near(name)})"
                 )
             self._load(entry)
         return self._classes[name]

@@ -226,7 +226,7 @@ class OptimConfig:
         hint = did_you_mean(str(source), [*shipped, *catalogue().names(), *SCHEMES])
         raise MissingRecipe(
             f"no recipe {shown(str(source))}{hint} (shipped: {', '.join(sorted(shipped))}; schemes: "
-            f"{', '.join(sorted(SCHEMES))}; or a .yaml file)"
+            f"{', '.join(sorted(SCHEMES))}; techniques: {catalogue().names_near(str(source))}; or a .yaml file)"
         )
 
     @classmethod

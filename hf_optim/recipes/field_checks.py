@@ -51,6 +51,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """Return at most four of ``known`` that are most like ``word`` (case does not count), the most alike first."""
+    names = sorted(map(str, known))
+    return difflib.get_close_matches(str(word)[:60].lower(), names, n=4, cutoff=0.4)
+
+
 _annotations: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
 
 

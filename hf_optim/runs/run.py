@@ -269,6 +269,8 @@ class Run:
 class _Link:
     """Links a model to its run, but not its copies: a deep copy or a pickle of the model has no run."""
 
+    is_bookkeeping = True  # no forward depends on it (``topology.trace_cache``)
+
     def __init__(self, run: Run | None) -> None:
         self.run = run
 

@@ -30,7 +30,7 @@ from hf_optim.recipes.traits import FLOAT_WEIGHTS
 from hf_optim.runs.run import run_of
 from hf_optim.testing.models import TINY
 from hf_optim.testing.stock import StockTransformers
-from hf_optim.toolkit import topology
+from hf_optim.toolkit import attention, topology
 
 from .memory_checks import held_tensors, kept_after_deletion
 from .trait_checks import holds
@@ -131,7 +131,7 @@ def attempt(cls: type[Technique], architecture: str, folder: Path) -> PreTrained
 
 
 class Attempts:
-    """The results of ``attempt``, each computed once per session. Tests share them and must not change them."""
+    """The results of ``attempt``, each computed once for a file of tests. Tests share them and must not change them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -152,7 +152,7 @@ class Attempts:
         raise AssertionError(f"{cls.spec.name} supports none of {', '.join(ARCHITECTURES)}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while a model lives, its attention stays registered
 def attempts(tmp_path_factory: pytest.TempPathFactory) -> Attempts:
     return Attempts(tmp_path_factory.mktemp("attempts"))
 
@@ -266,6 +266,7 @@ def test_from_pretrained_gives_what_optimize_gives(cls: type[Technique], tmp_pat
     batches = [inputs_for(source, seed=s) for s in range(3)]
     loaded = type(source).from_pretrained(tmp_path / "source", optim_config=recipe_for(cls), calibration=batches)
     hf_optim.restore(loaded)  # off the kernels, which may add in another order
+    attention.attach_again(loaded)  # detached with them
     inputs = inputs_for(source, seed=99)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, direct(**inputs).logits)

@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def saved(attempts: Attempts, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the case of a technique on the first model that it supports; saved once per session."""
+    """Return the case of a technique on the first model that it supports; saved once for a file of tests."""
     cases: dict[type[Technique], Case] = {}
 
     def case(cls: type[Technique]) -> Case:

@@ -99,11 +99,13 @@ def logits(home):
 # -- the parser -------------------------------------------------------------------------------------------------------
 
 
-def test_python_m_runs_it_and_prints_its_version():
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_optim.cli", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("hf-optim 0.")
+def test_python_m_runs_it_and_prints_its_version(python):
+    done = python.copy("""
+import runpy, sys
+sys.argv = ["-m", "--version"]
+runpy.run_module("hf_optim.cli", run_name="__main__", alter_sys=True)
+""")
+    assert (done.status, done.out[:11]) == (0, "hf-optim 0."), done.err
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -58,6 +58,7 @@ def execute(line, folder, python):
     return done.returncode, done.stdout
 
 
+@pytest.mark.timeout(900)  # README.md takes 40 seconds alone, and several times that beside other work
 @pytest.mark.parametrize(
     "page",
     [page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.many) for page in PAGES],

@@ -269,6 +269,18 @@ def test_a_model_without_a_tokenizer_loads_none(tmp_path):
     compile(re.search(r"```python\n(.*?)```", loading(tmp_path), re.DOTALL)[1], "snippet", "exec")
 
 
+@pytest.mark.filterwarnings("ignore:these layers run on dense kernels")
+@pytest.mark.parametrize(("activations", "said"), [("int4", True), ("int8", False)])
+def test_inputs_that_no_kernel_multiplies_are_told(activations, said, tmp_path):
+    recipe = [{"technique": "rtn", "bits": 4, "group_size": None, "activations": activations}]
+    hf_optim.optimize(tiny_llama(), recipe).save_pretrained(tmp_path)
+    text = loading(tmp_path)
+    assert ("No kernel multiplies inputs of 4 bits" in text) == said
+    assert ("keep the weights compressed" in text) != said
+    packed = hf_optim.report(type(tiny_llama()).from_pretrained(tmp_path, optim_config="auto"))
+    assert said == all("inputs quantized to 4 bits" in row.reason for row in packed if row.name != "lm_head")
+
+
 def test_code_of_a_checkpoint_is_trusted_in_every_call_of_the_snippet(tmp_path, stock_python):
     """A tokenizer reads the configuration, too, and asks whether its code may run."""
     model = hf_optim.optimize(tiny_gpt2(), {"technique": "blockwise", "block": 8})

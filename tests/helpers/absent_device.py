@@ -40,6 +40,7 @@ def launches_on(*modules: ModuleType, processors: int = 132, shared_memory: int 
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         patch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda *_: "a device that is not there")
         for module in modules:
             patch.setattr(module, "launch", note)
             patch.setattr(module, "is_aligned", lambda *_: True)

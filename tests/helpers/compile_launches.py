@@ -23,15 +23,22 @@ from typing import Any
 
 # ``hf_optim_kernels.common.compute_type``
 MATH = {"*bf16": 0, "*fp16": 1}
+FP32 = 2
 
 
 def as_on_a_gpu(launch: dict[str, Any]) -> dict[str, Any]:
-    """Return a launch with the constants that ``compute_constants`` gives on a GPU."""
+    """Return a launch with the constants that it has on a GPU of compute capability 9.0 or more.
+
+    A kernel that multiplies in float16 whatever its arguments are does so under the interpreter, too.
+    """
     math = next((MATH[kind] for kind, _ in launch["args"] if kind in MATH), None)
     constants = launch["constants"]
-    if math is None or "ASM" not in constants:
-        return launch
-    return {**launch, "constants": {**constants, "MATH": math, "ASM": True}}
+    # Launches that begin before the one before has ended, or let the next one (``common.launch.begins_early``).
+    constants = constants | {name: True for name in ("EARLY", "AHEAD") if name in constants}
+    if math is not None and "ASM" in constants:
+        own = {name: math for name in ("MATH", "TAIL_MATH") if constants.get(name) == FP32}
+        constants = {**constants, **own, "ASM": True}
+    return {**launch, "constants": constants}
 
 
 def chosen(launches: list[dict[str, Any]], each: int) -> list[dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,16 +32,26 @@ class PythonSession:
     It starts with the code ``begin`` and does not wait for it; with ``stock=True`` it cannot import hf_optim. ``run``
     executes code in the session itself. All others take a forked copy of the session, which may change what it likes,
     or be killed: nothing of it is left but the files that it wrote.
+
+    A call that is interrupted, as by a test that runs out of time, ends the process with all of its copies, and another
+    begins: a late answer would be taken for that of the next call.
     """
 
     def __init__(self, environment: Mapping[str, str], begin: str = "", stock: bool = False) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), (BLOCK if stock else "") + begin],
+        self._words = [sys.executable, str(WORKER), (BLOCK if stock else "") + begin]
+        self._environment = {**os.environ, **environment}
+        self._process = self._started()
+
+    def _started(self) -> subprocess.Popen[str]:
+        """Return a new process, the leader of a group that its copies are in."""
+        return subprocess.Popen(
+            self._words,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, **environment},
+            env=self._environment,
+            start_new_session=True,
         )
 
     def command(
@@ -72,8 +84,9 @@ class PythonSession:
         return done.result
 
     def close(self) -> None:
-        """End the process; it has nothing to keep, so it is not asked to tidy up."""
-        self._process.kill()
+        """End the process and its copies; they have nothing to keep, so they are not asked to tidy up."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
     def _ask(self, **given: Any) -> Done:
@@ -81,8 +94,13 @@ class PythonSession:
         request = default | given
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BaseException:
+            self.close()
+            self._process = self._started()
+            raise
         assert line, f"the process ended with {self._process.wait()}"
         return Done(**json.loads(line))

@@ -317,21 +317,24 @@ def test_a_run_says_that_its_model_was_deleted():
         _ = run.model
 
 
+@pytest.fixture(scope="module")
 def sources():
-    for package in ("hf_optim", "plugins", "kernels"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            yield path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
+    return [
+        (path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8")))
+        for package in ("hf_optim", "plugins", "kernels")
+        for path in sorted((ROOT / package).rglob("*.py"))
+    ]
 
 
 def names(node):
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
-def test_no_caught_exception_is_kept_in_a_variable():
+def test_no_caught_exception_is_kept_in_a_variable(sources):
     """It would keep its traceback, the frames of all callers and their models, in a cycle with its own frame."""
     found = [
         f"{path}:{part.lineno}"
-        for path, tree in sources()
+        for path, tree in sources
         for handler in ast.walk(tree)
         if isinstance(handler, ast.ExceptHandler) and handler.name
         for part in ast.walk(handler)
@@ -349,11 +352,11 @@ def keeps(value, name):
     return any(keeps(each, name) for part in held for each in (part if isinstance(part, list) else [part]))
 
 
-def test_no_local_function_calls_itself():
+def test_no_local_function_calls_itself(sources):
     """It would keep what it closes over in a cycle with itself."""
     found = [
         f"{path}:{inner.lineno}"
-        for path, tree in sources()
+        for path, tree in sources
         for outer in ast.walk(tree)
         if isinstance(outer, ast.FunctionDef)
         for inner in ast.walk(outer)

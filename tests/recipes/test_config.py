@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -73,6 +74,22 @@ def test_bad_recipes_are_refused_with_the_reason(source, message):
     with pytest.raises(RecipeError) as caught:
         OptimConfig.parse(source)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["SmoothQuand", [{"technique": "SmoothQuand"}]])
+def test_an_unknown_name_is_answered_with_the_nearest_techniques(source):
+    with pytest.raises(RecipeError) as caught:
+        OptimConfig.parse(source)
+    names = catalogue().names()
+    listed = re.search(rf"((?:\w+, )+)\.\.\.; `hf-optim list` shows all {len(names)}", str(caught.value)).group(1)
+    assert listed.split(", ")[0] == "smoothquant"
+    assert 1 < len(listed.split(", ")) <= 5
+    assert set(listed.removesuffix(", ").split(", ")) <= set(names)
+
+
+def test_a_name_like_no_technique_is_answered_with_where_they_are_listed():
+    with pytest.raises(RecipeError, match=rf"\(`hf-optim list` shows all {len(catalogue().names())}\)"):
+        OptimConfig.parse([{"technique": "%%%"}])
 
 
 def test_yaml_cannot_construct_objects(tmp_path):

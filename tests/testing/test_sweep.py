@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 
-from hf_optim.testing.stock import StockTransformers
 from hf_optim.testing.sweep import __main__, checks, pool, worker
 from hf_optim.testing.sweep.architectures import Architecture, architectures
 from hf_optim.testing.sweep.configurations import shrink, tiny_config
@@ -21,12 +20,6 @@ from hf_optim.testing.sweep.recipes import RECIPES
 from hf_optim.testing.sweep.table import shares, write_table
 
 CLASSES = ("MistralForCausalLM", "ViTForImageClassification", "WhisperForConditionalGeneration")
-
-
-@pytest.fixture(scope="module")
-def stock():
-    with StockTransformers() as process:
-        yield process
 
 
 @pytest.mark.many

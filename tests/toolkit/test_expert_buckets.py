@@ -25,9 +25,10 @@ from hf_optim.toolkit.experts import (
     detach_routing,
     expert_buckets,
     expert_product,
+    kernels,
 )
 from hf_optim.toolkit.experts import bucketed_layer as layers
-from hf_optim.toolkit.experts.bucketed_product import bucketed_product
+from hf_optim.toolkit.experts.bucketed_product import bucketed_product, rooms_of
 from hf_optim.toolkit.experts.buckets import CapacityWatch, bucket
 from hf_optim.toolkit.topology.experts import fused_experts
 
@@ -90,15 +91,36 @@ def test_the_trigger_waits_for_so_many_overflows_and_deviations_leave_room():
     assert not watch.observe((8, 0))
     assert watch.capacities == (4, 4)
     assert watch.observe((9, 0))
-    assert watch.capacities == (16, 4)
+    assert watch.capacities == (16, 4)  # the window has the first forward, too
     wide = CapacityWatch(Buckets(deviations=2.0), tokens=64)
     wide.observe((6, 0))  # 6 + 2 * 2.4
     assert wide.capacities == (16, 0)
 
 
+def test_experts_lose_the_room_that_the_window_does_not_need_when_another_one_overflows():
+    watch = CapacityWatch(Buckets(window=2, deviations=0.0, slack=100.0), tokens=64)
+    for loads in ((16, 4, 4), (2, 4, 4), (2, 4, 4)):
+        watch.observe(loads)
+    assert watch.capacities == (16, 4, 4)  # not more than slack times what is needed
+    assert watch.observe((2, 4, 8))
+    assert watch.capacities == (2, 4, 8)
+
+
 # -- the product ------------------------------------------------------------------------------------------------------
+def bucketed(module, hidden, index, weights, capacities):
+    return bucketed_product(module, hidden, index, weights, rooms_of(module, capacities, hidden, weights))
+
+
+@pytest.fixture(params=["one by one", "grouped", pytest.param("interpreted", marks=pytest.mark.interpreted)])
+def products(request, monkeypatch):
+    """Let each expert be products of its own, or all of them those of the kernels: by specification, or interpreted."""
+    if request.param == "grouped":
+        monkeypatch.setattr(kernels, "operators", lambda *_, **__: kernels.load())
+    return request.param
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron_h", "openai_privacy_filter"])
-def test_the_product_in_buffers_is_the_product(kind):
+def test_the_product_in_buffers_is_the_product(kind, products):
     module = next(iter(fused_experts(tiny_mixtures.build(kind)).values()))
     experts, width = int(module.num_experts), module.down_proj.shape[1 if not module.is_transposed else 2]
     hidden = torch.randn(24, width, generator=torch.Generator().manual_seed(0))
@@ -110,25 +132,23 @@ def test_the_product_in_buffers_is_the_product(kind):
         expected = expert_product(module, hidden, index, weights, False)
         loads = torch.bincount(index.reshape(-1), minlength=experts + 1)[:experts].tolist()
         for capacities in (loads, [24] * experts, [bucket(load, "power", 24) for load in loads]):
-            found, counted = bucketed_product(module, hidden, index, weights, capacities)
+            found, counted = bucketed(module, hidden, index, weights, capacities)
             assert torch.allclose(found, expected, atol=1e-5)
             assert counted.tolist() == loads
         busiest = max(range(experts), key=loads.__getitem__)
         small = [load - (expert == busiest) for expert, load in enumerate(loads)]
-        found, counted = bucketed_product(module, hidden, index, weights, small)
+        found, counted = bucketed(module, hidden, index, weights, small)
     assert counted.tolist() == loads  # so the caller sees that there was no room
     wrong = (found - expected).abs().amax(1) > 1e-6
     last = max(t for t in range(24) if busiest in index[t].tolist())
     assert wrong.nonzero().flatten().tolist() == [last]
 
 
-def test_an_expert_without_room_is_not_read():
+def test_an_expert_without_room_is_not_read(products):
     module = next(iter(fused_experts(tiny_mixtures.build("mixtral")).values()))
     with torch.no_grad():
         module.gate_up_proj[3] = float("nan")
-        out, _ = bucketed_product(
-            module, torch.randn(4, 32), torch.tensor([[0, 1]] * 4), torch.ones(4, 2), [4, 4, 0, 0]
-        )
+        out, _ = bucketed(module, torch.randn(4, 32), torch.tensor([[0, 1]] * 4), torch.ones(4, 2), [4, 4, 0, 0])
     assert bool(out.isfinite().all())
 
 
@@ -142,7 +162,7 @@ class Recorded:
 
     def replay(self, *inputs):
         assert [tuple(t.shape) for t in inputs] == self.shapes
-        return bucketed_product(self.module, *inputs, self.capacities)
+        return bucketed(self.module, *inputs, self.capacities)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import tiny_mixtures
@@ -13,7 +14,7 @@ import torch
 from capped_oracle import is_registered, without_other_users
 
 import hf_optim
-from hf_optim.toolkit.experts import Routing, attach_experts, attach_routing, expert_product
+from hf_optim.toolkit.experts import Routing, attach_experts, attach_routing, expert_product, kernels
 from hf_optim.toolkit.experts.gates import recognize
 from hf_optim.toolkit.experts.product import padded_product
 from hf_optim.toolkit.topology import dummy_inputs
@@ -230,3 +231,52 @@ def test_the_grouped_product_of_matrices_of_any_size_is_that_of_each_expert(colu
     grads = torch.autograd.grad(found.float().square().sum(), (rows, weight))
     for own, wanted in zip(grads, torch.autograd.grad(expected.float().square().sum(), (rows, weight)), strict=True):
         torch.testing.assert_close(own, wanted, rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("kind", "on_kernels"), [*((kind, True) for kind in KINDS), (KINDS[0], False)])
+def test_training_of_every_native_class_has_the_gradients_of_eager_experts(kind, on_kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "TRAINS", on_kernels)
+    module = module_of(kind)
+    random = torch.Generator().manual_seed(0)
+    width = module.down_proj.shape[1] if not module.is_transposed else module.down_proj.shape[2]
+    hidden = torch.randn(7, width, generator=random).requires_grad_()
+    index = torch.rand(7, 4, generator=random).topk(2).indices
+    weights = torch.rand(7, 2, generator=random).requires_grad_()
+    seed = torch.randn(7, width, generator=random)
+    given = (hidden, weights, *module.parameters())
+    out = expert_product(module, hidden, index, weights, True)
+    has_kernels = on_kernels and recognize(module) is not None and not getattr(module, "has_post_expert_norm", False)
+    assert ("experts_training" in type(out.grad_fn).__name__) == has_kernels
+    ours = torch.autograd.grad((out * seed).sum(), given)
+    module.config._experts_implementation = "eager"
+    eager = torch.autograd.grad((module(hidden, index, weights) * seed).sum(), given)
+    for one, other in zip(ours, eager, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.interpreted
+def test_a_compiled_training_step_of_a_model_is_one_graph(monkeypatch):
+    monkeypatch.setattr(kernels, "TRAINS", True)
+    model = tiny_mixtures.build("mixtral", num_hidden_layers=1).train()
+    inputs = dummy_inputs(model)
+    inputs["labels"] = inputs["input_ids"]
+    expected = {}
+    model(**inputs, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        expected[name], parameter.grad = parameter.grad, None
+    hf_optim.accelerate(model)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        own, right = parameter.grad, expected[name]
+        assert torch.allclose(own, right, rtol=1e-3, atol=1e-4 * float(right.abs().max())), name
+
+
+def test_gradients_are_pytorchs_until_kernels_are_timed_and_always_for_float32_matrices_on_a_gpu(monkeypatch):
+    module = module_of("mixtral")
+    matrix = lambda dtype, on_gpu: SimpleNamespace(dtype=dtype, is_cuda=on_gpu)  # noqa: E731
+    assert not kernels._trains(module, matrix(torch.bfloat16, True))
+    monkeypatch.setattr(kernels, "TRAINS", True)
+    assert kernels._trains(module, matrix(torch.bfloat16, True))
+    assert not kernels._trains(module, matrix(torch.float32, True))
+    assert kernels._trains(module, matrix(torch.float32, False))

@@ -30,7 +30,8 @@ def driver_of(plan: Plan, stage: Stage, model: Any) -> str:
     driver = plan.recipe.driver
     if driver == "streamed":
         return driver
-    whole = not topology.blocks(model) or (stage.needs_data and topology.exchanged_state(model))
+    # The driver finds the blocks of a model that cannot be traced without weights, once these are loaded.
+    whole = not topology.known_blocks(model) or (stage.needs_data and topology.exchanged_state(model))
     return "whole_model" if driver == "whole_model" or whole else "blockwise"
 
 
@@ -92,7 +93,7 @@ def _inside_block(model: Any, rows: int, width: int) -> int:
     weight of the layer being solved, and its inverse.
     """
     layers = [features(layer) for name, layer in topology.linears(model).items() if _in_blocks(model, name)]
-    per_block = max(1, len(topology.blocks(model)))
+    per_block = max(1, len(topology.known_blocks(model)))
     outputs = sum(out for out, _ in layers) // per_block * rows * width
     grams = 4 * sum(columns**2 for _, columns in layers) // per_block
     solving = max((4 * (2 * out * columns + 2 * columns**2) for out, columns in layers), default=0)
@@ -100,7 +101,7 @@ def _inside_block(model: Any, rows: int, width: int) -> int:
 
 
 def _in_blocks(model: Any, name: str) -> bool:
-    return any(name.startswith(f"{block.name}.") for block in topology.blocks(model))
+    return any(name.startswith(f"{block.name}.") for block in topology.known_blocks(model))
 
 
 def _largest_outside(model: Any) -> int:

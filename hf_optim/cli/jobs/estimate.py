@@ -39,7 +39,9 @@ def estimate(plan: Plan, model: Any, training_rows: int | None = None, tokens: i
     parameters = sum(p.numel() for p in model.parameters())
     changed = any(step.changes_architecture() for step in recipe.steps)
     stored = None if changed else _stored_bytes(recipe, model, width)
-    block = max((sum(p.numel() for p in b.module.parameters()) for b in topology.blocks(model)), default=parameters)
+    block = max(
+        (sum(p.numel() for p in b.module.parameters()) for b in topology.known_blocks(model)), default=parameters
+    )
     found: dict[str, Any] = {
         "class": type(model).__name__,
         "parameters": parameters,

@@ -34,12 +34,22 @@ def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
             if recipe.driver == "streamed" and topology.has_experts(model):
                 _check_streamed_experts(recipe, step, model, label)
             notes += _check_layers(step, model, label)
-    if recipe.driver in ("streamed", "blockwise") and not topology.blocks(model):
-        raise ModelError(f"driver {recipe.driver}: no sequence of blocks was found in {type(model).__name__}")
+    if recipe.driver == "streamed" or (recipe.driver == "blockwise" and _is_traceable(model)):
+        topology.require_blocks(model, recipe.driver)
     needs_data = any(step.implements("calibrate") and step.needs_data() for step in recipe.steps)
-    if recipe.driver in ("streamed", "blockwise") and needs_data and (reason := topology.exchanged_state(model)):
+    by_block = recipe.driver in ("streamed", "blockwise") and needs_data and _is_traceable(model)
+    if by_block and (reason := topology.exchanged_state(model)):
         raise ModelError(f"driver {recipe.driver}: {reason}, so blocks cannot run alone; use driver: whole_model")
     return notes
+
+
+def _is_traceable(model: Any) -> bool:
+    """Return False if blocks are found only once the weights of the model are read."""
+    try:
+        topology.blocks(model)
+    except topology.WithoutWeightsError:
+        return False
+    return True
 
 
 def _towers_left_alone(step: Technique, model: Any, label: str) -> Iterator[str]:

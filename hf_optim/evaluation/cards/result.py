@@ -74,6 +74,18 @@ class Result:
         return self.has(QUANTIZED) and self.reload in STOCK_LEVELS
 
     @property
+    def has_narrow_inputs(self) -> bool:
+        """True if inputs of layers are quantized to integers of 4 bits, which no kernel multiplies."""
+        stored = (self.config or {}).get("quantization_config")
+        groups = stored.get("config_groups") if isinstance(stored, Mapping) else None
+        inputs = [
+            group.get("input_activations")
+            for group in (groups.values() if isinstance(groups, Mapping) else ())
+            if isinstance(group, Mapping)
+        ]
+        return any(isinstance(one, Mapping) and (one.get("type"), one.get("num_bits")) == ("int", 4) for one in inputs)
+
+    @property
     def has_capacity(self) -> bool:
         """True if its ``config.json`` states a capacity of experts, which stock transformers does not read."""
         held = (self.config or {}).get("hf_optim")

@@ -147,6 +147,12 @@ def loading(result: Result) -> str:
             "**This computes the experts without their capacity**, which no class of transformers has: nothing is "
             "dropped, and outputs differ from those of the optimized model. With the capacity in `config.json`:"
         )
+    elif result.has_narrow_inputs:
+        parts.append(
+            "No kernel multiplies inputs of 4 bits: layers that have them are decoded, however the checkpoint is "
+            "loaded, and compute in floating point with rounded inputs. Where other layers are compressed, these run "
+            "on the kernels of hf_optim:"
+        )
     elif result.is_compressed_tensors:
         parts.append("To keep the weights compressed and run them on the kernels of hf_optim:")
     if result.has_capacity or result.is_compressed_tensors:

@@ -7,7 +7,7 @@ how the operations between two layers act on the channels is determined by re-ex
 Functions that need a trace take a model or a ``Trace``. Pass the same ``trace(model)`` to all of them to trace once.
 """
 
-from .block_lists import Block, blocks, group_by_block
+from .block_lists import Block, blocks, group_by_block, known_blocks, require_blocks
 from .exchanged_states import exchanged_state
 from .experts import ExpertLinear, expert_linears, expert_stacks, has_experts
 from .fake_inputs import NoInputsError, dummy_inputs, set_example, shorten_example
@@ -26,7 +26,7 @@ from .roles import Role, is_output_head, output_heads, roles, routes
 from .selection import match
 from .stream_rotation import RotatedNorm, StreamRotation, find_stream_rotations
 from .targets import default_takes, ineffective_pattern, left_alone, select_layers, unprunable_experts
-from .tracing import trace
+from .tracing import WithoutWeightsError, trace
 from .value_rotation import ValueHeads, find_value_heads
 from .weight_roles import weights_left_alone
 
@@ -47,6 +47,7 @@ __all__ = [
     "RotatedNorm",
     "StreamRotation",
     "ValueHeads",
+    "WithoutWeightsError",
     "blocks",
     "coupled_layers",
     "coverage",
@@ -70,6 +71,7 @@ __all__ = [
     "ineffective_pattern",
     "is_linear",
     "is_output_head",
+    "known_blocks",
     "left_alone",
     "linears",
     "match",
@@ -77,6 +79,7 @@ __all__ = [
     "output_heads",
     "parameter_names",
     "permute_residual_",
+    "require_blocks",
     "require_layers",
     "roles",
     "routes",

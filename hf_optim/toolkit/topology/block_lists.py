@@ -11,10 +11,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ...errors import ModelError
+from ...trust.bounds import first_line
 from .fake_inputs import NoInputsError, has_example
 from .graph import Call, Trace
 from .linear_layers import is_linear
-from .tracing import trace
+from .tracing import WithoutWeightsError, trace
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,39 @@ def blocks(source: nn.Module | Trace) -> list[Block]:
         for remember in after_tracing:
             remember(traced)
     return [Block(name, modules[name], list_name, index) for name, list_name, index in _cache[model][1]]
+
+
+def known_blocks(model: nn.Module) -> list[Block]:
+    """Return the blocks of a model, or none if they cannot be found before its weights are read."""
+    try:
+        return blocks(model)
+    except WithoutWeightsError as reason:
+        log.debug("no blocks are known: %s", reason)
+        return []
+
+
+def require_blocks(model: nn.Module, driver: str) -> list[Block]:
+    """Return the blocks of a model for a driver that calibrates one at a time.
+
+    Raises ``ModelError`` if there are none, or if they cannot be found; it has the reason and what to do.
+    """
+    name, remedy = type(model).__name__, "use driver: whole_model, which needs no blocks but holds the whole model"
+    try:
+        found = blocks(model)
+    except WithoutWeightsError as error:
+        raise ModelError(
+            f"driver {driver}: the blocks of {name} cannot be found before its weights are read, since its forward "
+            f"depends on their values ({first_line(error.__cause__ or error, typed=True)}); use driver: blockwise, "
+            "which loads the whole model first"
+        ) from error
+    if found:
+        return found
+    try:
+        trace(model)
+        reason = "none of its lists of modules passes a hidden state from one member to the next"
+    except NoInputsError as error:
+        reason = f"it cannot be traced ({first_line(error)})"
+    raise ModelError(f"driver {driver}: no sequence of blocks was found in {name}: {reason}; {remedy}")
 
 
 def block_of(found: Sequence[Block], name: str) -> Block | None:

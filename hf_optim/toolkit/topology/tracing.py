@@ -8,6 +8,7 @@ receive tokens), it runs again on the real weights. A linear layer is recorded a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections import defaultdict
@@ -24,8 +25,9 @@ from ...trust.bounds import first_line
 from .fake_inputs import NoInputsError, dummy_inputs, example_of
 from .fake_model import copy_with_tensors, empty_on_cpu
 from .graph import Op, Trace, iter_tensors, map_tree
-from .linear_layers import is_plain_linear
+from .linear_layers import features, is_linear, is_plain_linear, weight_out_in
 from .recording import Recorder
+from .trace_cache import StructureCache, structure
 
 CONFIG = {
     "use_cache": False,
@@ -35,6 +37,10 @@ CONFIG = {
     "_attn_implementation": "eager",
 }
 """Settings of the copy's configs: plain attention, no cache, only the main outputs."""
+
+
+_cache = StructureCache()
+"""Fake traces without their models."""
 
 
 class WithoutWeightsError(ModelError):
@@ -80,7 +86,10 @@ def _trace_dummy(model: PreTrainedModel) -> Trace:
 def _trace(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            return _trace_fake(model, inputs, args)
+            recorded = _cache.get(
+                structure(model, inputs, args), lambda: _without_model(_trace_fake(model, inputs, args))
+            )
+            return dataclasses.replace(recorded, model=model, modules=dict(model.named_modules()), cache={})
         except Exception as error:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise WithoutWeightsError(
@@ -109,8 +118,14 @@ def _trace_fake(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...],
     with silent_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
         copied = copy_with_tensors(model, empty_on_cpu, {**CONFIG, "_experts_implementation": "batched_mm"})
         _add_missing_weights(copied)
+        _leave_out_products(copied)
         inputs, args = _map_tensors(inputs, empty_on_cpu), _map_tensors(args, empty_on_cpu)
         return _record(model, copied, inputs, args, real=False, tolerant=tolerant)
+
+
+def _without_model(traced: Trace) -> Trace:
+    """Return the trace of a structure: that of a model which nothing refers to, so that the model can be freed."""
+    return dataclasses.replace(traced, model=nn.Module(), modules={})
 
 
 def _trace_real(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
@@ -168,6 +183,22 @@ def _add_missing_weights(copied: nn.Module) -> None:
         if isinstance(module, nn.Linear) and is_plain_linear(module) and not hasattr(module, "weight"):
             weight = torch.empty(module.out_features, module.in_features)
             module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+
+def _leave_out_products(copied: nn.Module) -> None:
+    """Let the linear layers of a fake copy return a tensor of the right shape: they are recorded as one operation."""
+    for module in copied.modules():
+        if is_linear(module) and is_plain_linear(module):
+            module.forward = functools.partial(_product_without_values, module)
+
+
+def _product_without_values(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    weight = weight_out_in(layer)
+    if not kwargs and len(args) == 1 and weight.shape == features(layer):
+        states: Tensor = args[0]
+        if states.shape[-1:] == weight.shape[1:] and states.dtype == weight.dtype:
+            return states.new_empty((*states.shape[:-1], weight.shape[0]))
+    return type(layer).forward(layer, *args, **kwargs)  # which may raise
 
 
 def _map_tensors(tree: Any, convert: Any) -> Any:
