@@ -17,18 +17,18 @@ demo: $(STAMP)
 
 # Both runs, whatever the first gives: Triton interprets its kernels in the first, which needs processes of its own.
 test: $(STAMP) lint
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/generation tests/toolkit/test_expert_implementation.py -m "interpreted and not slow"; first=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/generation tests/toolkit/test_expert_implementation.py tests/toolkit/test_expert_buckets.py tests/plugins/attention/test_compressed.py -m "interpreted and not slow"; first=$$?; \
 	$(PYTEST) -m "(smoke or not real_model) and not slow"; second=$$?; exit $$((first + second))
 
 # Every test on a real model, and all of many like cases: before a release.
 test-models: $(STAMP)
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/generation tests/toolkit/test_expert_implementation.py -m "interpreted and slow"; first=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/generation tests/toolkit/test_expert_implementation.py tests/toolkit/test_expert_buckets.py tests/plugins/attention/test_compressed.py -m "interpreted and slow"; first=$$?; \
 	$(PYTEST) -m "real_model or slow"; second=$$?; exit $$((first + second))
 
 # The kernels that the interpreter runs, compiled for an H100 or H200 that is not there: what the compiler alone refuses.
 compiled: $(STAMP)
 	rm -rf .launches
-	LAUNCHES=.launches TRITON_INTERPRET=1 $(PYTEST) -p launch_recorder tests/kernels tests/generation tests/toolkit/test_expert_implementation.py -m "interpreted and not slow"
+	LAUNCHES=.launches TRITON_INTERPRET=1 $(PYTEST) -p launch_recorder tests/kernels tests/generation tests/toolkit/test_expert_implementation.py tests/toolkit/test_expert_buckets.py tests/plugins/attention/test_compressed.py -m "interpreted and not slow"
 	$(BIN)/python tests/helpers/compile_launches.py .launches
 
 # Random kills: nothing is lost, and resumed runs are bit-equal. The memory of the streamed driver over two sizes of model.
