@@ -6,6 +6,7 @@ state dict. It packs module by module and leaves the model in memory unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -18,6 +19,7 @@ from torch import nn
 from ..errors import ModelError
 from ..runs.run import Run, find_run
 from ..toolkit.distributed.tensor_parts import require_whole
+from ..toolkit.topology.trace_cache import StructureCache
 from .codec import scheme_on
 from .dense_conversions import keep_model_names
 from .experts import (
@@ -152,20 +154,14 @@ def packing_fits(model: Any, names: Iterable[str]) -> bool:
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     cls, without = type(model), frozenset(names)
-    try:
+    key: Hashable | None = None
+    with contextlib.suppress(TypeError):  # a value that is not one of JSON
         key = cls, getattr(cls, "_init_weights", None), config.to_json_string(use_diff=False), without
-    except TypeError:  # a value that is not one of JSON
-        return _initializes(cls, config, without)
-    fits = _fits.get(key)
-    if fits is None:
-        fits = _fits[key] = _initializes(cls, config, without)
-        while len(_fits) > KEPT_FITS:
-            _fits.pop(next(iter(_fits)), None)
+    fits: bool = _fits.get(key, lambda: _initializes(cls, config, without))
     return fits
 
 
-KEPT_FITS = 16
-_fits: dict[Hashable, bool] = {}
+_fits = StructureCache()
 """The last results: a step asks before its work, and again when it stores codes."""
 
 

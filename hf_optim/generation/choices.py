@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from ..toolkit.experts import kernels
 
 KERNEL = "hf_optim_kernels.experts.choose"
 # Whether compiled steps choose experts in one launch; not timed on a device yet.
@@ -42,6 +43,6 @@ class ChooseInOneLaunch(CustomGraphPass):
 
 def compile_options() -> dict[str, Any]:
     """Return options of inductor for a step; none while the pass is off, and without the kernels' package."""
-    if not ENABLED or util.find_spec(KERNEL.partition(".")[0]) is None or util.find_spec("triton") is None:
+    if not ENABLED or kernels.load() is None:
         return {}
     return {"post_grad_custom_pre_pass": ChooseInOneLaunch()}
