@@ -84,9 +84,8 @@ def test_a_deleted_model_is_freed_with_what_was_compiled_for_it(graphs):
     run(model, prompt(model), mode="auto")
     session = next(iter(sessions._MODELS[model].values()))[1]
     alive = [weakref.ref(each) for each in (model, session, capture.compiled_call(model))]
-    for setting in session._settings.values():
-        setting.replay = None  # a simulated graph is the function itself, with the model; a real one has addresses
-    del model, session, setting, graphs.captured[:]
+    graphs.forget()  # a simulated graph is the function itself, with the model; a real one has addresses
+    del model, session
     gc.collect()
     assert [each() for each in alive] == [None, None, None]
 

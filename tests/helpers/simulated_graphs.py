@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -31,7 +31,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.compiled = CompileCounter()
-        self.captured: list[object] = []
+        self.captured: list[Callable[[], None] | None] = []
         self.replays = 0
         self.runs_compiled = False
 
@@ -45,13 +45,18 @@ class Graphs:
                 patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
                 run()
             restore()
+        number = len(self.captured)
         self.captured.append(run)
 
         def replay() -> None:
             self.replays += 1
-            run()
+            self.captured[number]()
 
         return replay, pool
+
+    def forget(self) -> None:
+        """Drop the functions: a session would keep their model alive, and a graph on a device refers to none."""
+        self.captured = [None] * len(self.captured)
 
 
 @contextmanager
@@ -74,4 +79,7 @@ def simulated_graphs() -> Iterator[Graphs]:
         patch.setattr(graph_capture, "_record", graphs.record)
         patch.setattr(graph_capture, "_end_capture", lambda device, random, *_: torch.set_rng_state(random))
         patch.setattr(torch, "compile", counted)
-        yield graphs
+        try:
+            yield graphs
+        finally:
+            graphs.forget()
