@@ -95,6 +95,7 @@ def test_the_loss_of_a_block_leaves_out_padding(name):
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_the_streamed_driver_leaves_out_padding(tmp_path, name, spilled):

@@ -111,6 +111,7 @@ def test_it_writes_what_the_blockwise_driver_writes(case, homes, stock, tmp_path
 
 
 # What the codes of experts run on: PyTorch's packed operators on a CPU, and Triton kernels.
+@pytest.mark.many(every=4)
 @pytest.mark.filterwarnings("ignore::hf_optim.KernelWarning")
 @pytest.mark.parametrize(
     ("device", "kernel"),
@@ -151,6 +152,7 @@ def stop_in(monkeypatch, name, at):
     monkeypatch.setattr(driver.StreamedDriver, name, method)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     ("name", "place", "at", "step"),
     [

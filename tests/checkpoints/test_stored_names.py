@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import symtable
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -54,18 +55,16 @@ def repeated(source: str) -> list[str]:
 
 def unknown(source: str) -> list[str]:
     """Return the names that a module reads and defines nowhere."""
-    tree = parsed(source)
-    known = {*dir(builtins), *imported(source), "__name__", "__file__"}
-    read = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else known).add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            known.add(node.name)
-        elif isinstance(node, ast.arg):
-            known.add(node.arg)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            known.add(node.name)
+    scopes, read = [symtable.symtable(source, "stored", "exec")], set()
+    known = {*dir(builtins), "__name__", "__file__"}
+    known |= {each.get_name() for each in scopes[0].get_symbols() if each.is_assigned() or each.is_imported()}
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        outer = scope.get_type() == "module"
+        read |= {
+            each.get_name() for each in scope.get_symbols() if each.is_referenced() and (outer or each.is_global())
+        }
     return sorted(read - known)
 
 

@@ -86,6 +86,7 @@ def test_original_result_and_result_on_kernels_are_timed_in_turn(home, called, m
     assert found["times"]["accelerated"]["kernels"] == "PyTorch int4 (CPU), 4-bit codes: 14; not compressed: 1"
 
 
+@pytest.mark.slow
 def test_models_that_do_not_fit_together_are_timed_one_after_the_other(home, called, monkeypatch):
     monkeypatch.setattr(timed_models, "free_memory", lambda device: 1000)
     found = time_candidates(candidates(home), CPU)

@@ -101,6 +101,7 @@ def test_a_streamed_calibration(home, monkeypatch, capsys):
     assert written == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_training_with_teacher_and_cache(home, monkeypatch, capsys):
     done, stock = [], hf_optim.training.OptimTrainer.training_step
 

@@ -127,6 +127,7 @@ def test_a_shared_expert_is_made_of_layers_and_the_others_are_packed(written):
     assert "4 x 64 x 32" in str(hf_optim.report(model))
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.filterwarnings("ignore::hf_optim.KernelWarning")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_saved_again_they_are_the_same_or_refused(name, written, tmp_path):

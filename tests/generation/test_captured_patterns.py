@@ -54,6 +54,7 @@ def generated(model, given, mode="eager", **more):
         return hf_optim.generate(model, IDS, mode=mode, return_dict_in_generate=True, **given, **more)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_logits_and_caches_are_those_of_transformers_loop(name):
     model = make(*CASES[name])

@@ -64,6 +64,7 @@ def run(model, inputs, mode="eager", **settings):
         return model.generate(**inputs, max_new_tokens=12, custom_generate=generate, **settings)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 20}, {"no_repeat_ngram_size": 2}], ids=str)
 @pytest.mark.parametrize("name", MAKE)
 def test_they_get_the_tokens_of_transformers(name, settings):

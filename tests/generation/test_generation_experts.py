@@ -67,6 +67,7 @@ def test_a_layer_compiles_without_a_break_for_any_number_of_tokens(kind, device)
             assert torch.allclose(found, right, rtol=1e-4, atol=1e-4 * float(right.abs().max()))
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_model_on_a_cpu_compiles_without_a_break_in_every_type(dtype):
     model, ids = built("mixtral", "cpu")

@@ -97,6 +97,7 @@ def test_drafting_ends_where_the_exit_is_not_confident():
     assert drafted[0] > drafted[1] > drafted[2] == 0
 
 
+@pytest.mark.slow
 def test_samples_have_the_distribution_of_the_full_model():
     model = decoder("llama")
     rows, ids = 4000, torch.tensor([[5, 9, 23, 7]])

@@ -61,6 +61,7 @@ def test_a_dense_checkpoint(name, dtype, tmp_path, monkeypatch):
     assert run_of(model).record.steps["0"]["blocks"]["disk"] == len(hf_optim.toolkit.topology.blocks(model))
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "W8A8"])
 def test_a_compressed_checkpoint_is_packed_block_by_block(scheme, tmp_path):
     model = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128).to(torch.bfloat16)

@@ -184,6 +184,7 @@ def with_a_capacity(home):
     return hf_optim.optimize(tiny_mixtral(), steps)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.filterwarnings("ignore:these layers run on dense kernels")  # no kernel for 2:4 runs on a CPU
 @pytest.mark.parametrize(
     "make", [after_recipe, accelerated, automatic, with_a_capacity], ids=lambda make: make.__name__

@@ -36,6 +36,7 @@ CASES = {
 }
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("name", "length"), [*((name, 300) for name in CASES), ("causal window", 384)])
 def test_flex_attention_computes_the_pattern(name, length):

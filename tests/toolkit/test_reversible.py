@@ -77,6 +77,7 @@ def live_bytes():
     return sum(found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [reversible, stored])
 def test_memory_of_activations_does_not_grow_with_depth(function):
     x, sizes, held = torch.randn(64, 64, WIDTH).double().requires_grad_(), [], []

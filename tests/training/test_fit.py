@@ -164,6 +164,7 @@ def test_a_training_that_was_killed_goes_on_with_the_same_bits(tmp_path, monkeyp
     assert_same(again, unbroken)
 
 
+@pytest.mark.slow
 def test_a_calibration_behind_a_training_goes_on_too(tmp_path, monkeypatch):
     steps = [*RAMP, {"technique": "gptq", "group_size": 16}]
     calibration = {"dataset": str(tmp_path / "texts.jsonl"), "samples": 4, "seq_len": 16}
@@ -193,6 +194,7 @@ def test_a_calibration_behind_a_training_goes_on_too(tmp_path, monkeypatch):
     assert_same(resumed, unbroken)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_pieces_is_left_alone(tmp_path, monkeypatch):
     unbroken, _ = journaled(tmp_path, texts, RAMP, NINE, monkeypatch)
     with pytest.raises(Stop):
@@ -205,6 +207,7 @@ def test_a_checkpoint_in_pieces_is_left_alone(tmp_path, monkeypatch):
     assert_same(resumed, unbroken)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     ("file", "taken"),
     [

@@ -201,6 +201,7 @@ def without_labels() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return model, {**data, "labels": torch.full((ROWS, LENGTH), -100)}
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(("step", "term"), [("l0", "l0"), ("variational_dropout", "kl")])
 def test_a_penalty_counts_once_for_each_step(tmp_path, step: str, term: str):
     """Also in a step without labels, where no other term has a gradient."""
@@ -214,6 +215,7 @@ def test_a_penalty_counts_once_for_each_step(tmp_path, step: str, term: str):
         assert parts["loss"] == pytest.approx(log["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_divergence_of_variational_dropout_is_divided_by_the_examples_of_any_cut(tmp_path):
     logs = [step_of(tmp_path, causal, STEPS["variational_dropout"], size)[1]["kl"] for size in (8, 4, 1)]
     assert logs[1:] == [pytest.approx(logs[0], rel=1e-5)] * 2

@@ -50,6 +50,7 @@ def trained(tmp_path_factory):
     return found
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_resumed_training_ends_with_the_same_weights(family, kind, trained, tmp_path):
@@ -108,6 +109,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(family, key, damage, kind, trai
         trainer.train(resume_from_checkpoint=str(folder))
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_after_a_recipe_resumes_from_all_weights_too(family, tmp_path):
     def trainer(**changes):

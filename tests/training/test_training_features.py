@@ -88,6 +88,7 @@ class Killed(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, scope: str):
     recipe = [{**GMP, "scope": scope, "initial": 0.2}]
@@ -126,6 +127,7 @@ def divergence(model, teacher) -> float:
     return float(torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_pruned_student_with_adapters_learns_from_its_dense_self(tmp_path):
     base = hf_optim.optimize(tiny_llama(), [{"technique": "nm"}, {"technique": "logit_kd", "alpha": 1.0}])

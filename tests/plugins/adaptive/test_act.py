@@ -411,6 +411,7 @@ def train(model, folder, steps=20, **arguments):
     return hf_optim.run_of(model).model.eval()
 
 
+@pytest.mark.slow
 def test_a_stock_trainer_learns_to_halt_earlier_where_pondering_costs_more(tmp_path):
     taken = []
     for cost in (0.0, 3.0):

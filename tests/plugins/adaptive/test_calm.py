@@ -84,6 +84,7 @@ def test_other_confidences_are_calibrated(confidence):
     assert settings.layers == ((1, 2) if confidence == "state" else (0, 1, 2))
 
 
+@pytest.mark.slow
 def test_a_classifier_is_fitted_on_rows_of_its_own(tmp_path):
     fields = {**CALM, "confidence": "classifier", "delta": 0.6, "layers": [0, 2]}
     model = hf_optim.optimize(exits_that_agree(), [fields], calibration=ROWS)
@@ -140,6 +141,7 @@ def test_bounds_that_cannot_be_proven_name_the_nearest():
     assert early_exit.settings_of(model.config) is None
 
 
+@pytest.mark.slow
 def test_prompts_that_occur_again_prove_nothing():
     bound = early_exit.Bound(0.4, 0.2, "consistency", "rouge_l", (0.9,))
     settings = early_exit.EarlyExit(length=6)

@@ -92,6 +92,7 @@ def converted(name, settings, monkeypatch, build=None):
     return model
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", SERVED)
 def test_an_encoder_under_a_pattern_is_captured(name, captures, monkeypatch):
     model = converted(name, SERVED[name], monkeypatch)

@@ -144,6 +144,7 @@ def test_copies_of_cross_attention_are_dropped_from_its_cache_too():
     assert {part.layers[0].keys.shape[1] for part in (cache.self_attention_cache, cache.cross_attention_cache)} == {2}
 
 
+@pytest.mark.slow
 def test_the_encoder_of_an_encoder_decoder_is_converted_if_asked():
     names = "encoder.block.0.layer.0.SelfAttention.k", "decoder.block.0.layer.1.EncDecAttention.k"
     models = [share(TINY["t5"](), 1, encoder=asked) for asked in (False, True)]

@@ -66,6 +66,7 @@ def changed(name, table):
     return stock, hf_optim.optimize(copy.deepcopy(stock), [{"technique": name, **settings}]).eval()
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", DETACHED)
 def test_a_restored_model_computes_stock_attention_and_leaves_the_registries(name):
     before = registered()
@@ -87,6 +88,7 @@ def test_a_restored_model_computes_stock_attention_and_leaves_the_registries(nam
     hf_optim.restore(model)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", KEPT)
 def test_attention_that_no_stock_class_computes_stays(name):
     _, model = changed(name, KEPT)

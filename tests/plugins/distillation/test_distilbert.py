@@ -46,6 +46,7 @@ def bert(cls, **changes):
 
 
 # -- the student -----------------------------------------------------------------------------------------------------
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("builder", DEEP, ids=lambda builder: builder.__name__)
 def test_the_student_is_every_other_layer_of_its_teacher(builder):
     teacher = deep(builder)
@@ -142,6 +143,7 @@ def test_masks_follow_their_layers():
         assert ((student.get_parameter(name) != 0) == mask).all()
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     "first",
     [
@@ -341,6 +343,7 @@ def test_evaluation_has_only_the_task_loss(tmp_path):
 
 
 # -- a real model ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.smoke
 def test_a_student_of_half_the_depth_is_better_than_without_its_teacher(shared_models, shared_data, tmp_path):

@@ -120,6 +120,7 @@ def test_gradients_reach_router_coefficients_and_chosen_experts(gate):
     assert take_routed(model) == []
 
 
+@pytest.mark.slow
 def test_training_balances_the_load(tmp_path):
     batch = inputs_for(tiny_llama(), seed=3, rows=8)
     rows = [{"input_ids": ids, "labels": ids} for ids in batch["input_ids"]]

@@ -342,6 +342,7 @@ def _train(model, windows, steps, lr):
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.smoke
 def test_it_fits_a_little_data_better_than_the_dense_model(shared_models, shared_data):

@@ -138,6 +138,7 @@ def test_it_compiles_as_one_graph():
         assert torch.allclose(compiled(pixel_values=pictures()).logits, logits(model), atol=1e-6)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("fields", [{"capacity": 0.5}, {"capacity": 0.5, "group": "image"}, {"capacity": 2.0}], ids=str)
 def test_a_compiled_model_takes_batches_of_other_sizes(fields):
     model = vmoe(experts=4, batch_priority=True, expert_noise=0.5, **fields)

@@ -56,6 +56,7 @@ def test_a_round_removes_the_currently_smallest_weights_and_keeps_the_rest(tmp_p
             assert torch.equal(mask, masks.layer_masks({"w": trained}, 0.5, {"w": seen.masks[2][name]})["w"])
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     ("fields", "rate"),
     [({}, 1.0), ({"rate": 0.3}, 0.3), ({"dense": True}, 0.1), ({"dense": True, "rate": 0.3}, 0.3)],

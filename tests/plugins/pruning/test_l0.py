@@ -66,6 +66,7 @@ def test_gates_of_weights_are_folded_by_the_formula_of_test_time(build, tmp_path
     assert set(vars(run.state(run.recipe.steps[0]))) <= {"settled", "ramp", "closed"}
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("on", ["neurons", "heads"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_closed_units_are_zero_in_their_producers_and_consumers(build, on, tmp_path):
@@ -150,6 +151,7 @@ def test_the_multipliers_rise_by_gradient_ascent(tmp_path):
     assert terms == pytest.approx([k * 2.0 * (missing**2 + missing**4) for k in range(4)], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_target_sparsity_is_reached_by_rising_prices(tmp_path):
     """Neurons, of which 94 % are expected to be open at first and half in the end."""
     step = {**QUICK, "on": "neurons", "sparsity": 0.5, "initial": 0.9, "multiplier_rate": 0.1, "end": 0.5}
@@ -172,6 +174,7 @@ def test_a_target_closes_the_gates_of_the_smallest_log_alpha(tmp_path):
     assert flat[kept].min() >= flat[~kept].max()
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize(
     "fields", [{}, {"sparsity": 0.5, "multiplier_rate": 2.0}, {"on": "heads", "sparsity": 0.5, "settle": 4}], ids=str
 )
@@ -257,6 +260,7 @@ def test_a_model_without_such_units_is_refused():
         optimize(tiny_mixtral(), {**QUICK, "on": "neurons"})
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.smoke
 def test_a_fifth_of_the_neurons_of_a_real_model_closes(tmp_path, shared_models, shared_data):

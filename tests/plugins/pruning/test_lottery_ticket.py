@@ -70,6 +70,7 @@ def test_without_a_dense_phase_the_initial_weights_are_ranked_and_restored(tmp_p
             assert torch.equal(seen.weights[start][name], weight * seen.masks[start].get(name, torch.ones_like(weight)))
 
 
+@pytest.mark.slow
 def test_the_control_has_the_masks_of_the_ticket_and_random_weights(tmp_path):
     step = {"technique": "lottery_ticket", "rounds": 2, "rewind_to": 1, "sparsity": 0.6}
     ticket, control = tiny_llama(), tiny_llama()

@@ -106,6 +106,7 @@ def test_training_prunes_each_expert_and_leaves_what_routes(name, tmp_path):
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("name", ["gmp", "sr_ste"])
 def test_a_resumed_training_ends_with_the_same_experts(name, tmp_path):
     def fresh():

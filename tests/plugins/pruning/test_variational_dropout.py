@@ -120,6 +120,7 @@ def test_without_noise_and_term_it_trains_as_a_dense_model(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("fields", [{"threshold": 1.0}, {"sparsity": 0.5, "settle": 4}], ids=str)
 def test_a_checkpoint_is_ordinary_and_training_resumes_bit_exact(fields, tmp_path):
     step, more = {**QUICK, **fields}, {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}

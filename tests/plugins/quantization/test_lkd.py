@@ -208,6 +208,7 @@ def test_it_is_deterministic_and_the_seed_counts():
     assert not same(first, other)
 
 
+@pytest.mark.slow
 def test_encoders_and_both_stacks_of_t5():
     batches = [{"input_ids": IDS[:4], "attention_mask": (IDS[:4] > 5).long()}] * 2
     step = {"technique": "lkd", "bits": 4, "group_size": 16, **FEW}

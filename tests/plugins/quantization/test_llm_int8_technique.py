@@ -248,6 +248,7 @@ def test_the_record_and_the_card():
     assert "above 4.5" in text
 
 
+@pytest.mark.slow
 def test_synthetic_outliers_do_not_hurt_it_while_they_break_naive_int8(shared_models, shared_data):
     home = shared_models / "babyllama-1m"
     ids = windows(home, shared_data, "eval", 8)

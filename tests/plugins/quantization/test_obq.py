@@ -208,6 +208,7 @@ def test_a_layer_that_is_too_wide_is_refused_before_quantizing():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_slow_layer_is_announced(monkeypatch, caplog):
     monkeypatch.setattr("hf_optim_plugins.quantization.obq.LONG", 0.0)
     with caplog.at_level(logging.WARNING):

@@ -134,6 +134,7 @@ def test_folded_and_listed_groups_give_the_same_results():
     assert torch.allclose(states.sort(-1).values, permuted.sort(-1).values, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_synthetic_outliers_are_repaired_where_one_grid_breaks():
     def error(**fields):
         model = tiny_llama()

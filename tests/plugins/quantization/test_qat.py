@@ -134,6 +134,7 @@ def test_it_starts_at_begin(tmp_path):
         assert watch.active == {step: step >= 3 for step in range(6)}
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("fields", [{"bits": 3}, {"bits": 3, "learn_scales": True, "begin": 1}])
 def test_a_checkpoint_is_ordinary_and_training_resumes_bit_exact(fields, tmp_path):
     step = {"technique": "qat", "group_size": 16, **fields}

@@ -162,6 +162,7 @@ def no_dropout(model):
             module.p = 0.0
 
 
+@pytest.mark.slow
 def test_the_two_places_of_the_term_differ_under_adam(tmp_path):
     found = []
     for term in ("update", "gradient"):
@@ -433,6 +434,7 @@ def test_training_that_ends_before_sparsity_begins_warns(tmp_path, caplog):
     assert holds(SPARSE_NM, run_of(model))
 
 
+@pytest.mark.slow
 def test_a_decay_made_negligible_by_the_learning_rate_is_noted(tmp_path):
     lost, felt, off = {"decay": 2e-4}, {"decay": 10.0}, {"decay": 0.0}
     for fields, noted in (

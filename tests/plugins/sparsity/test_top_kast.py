@@ -119,6 +119,7 @@ def reference(model, steps, optimizer, density, reach, every, strength, kind, cl
     return {name: dense[name].detach() for name in names}, used
 
 
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("kind", ["l2", "l1"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_training_is_the_papers_algorithm(build, kind, tmp_path):
@@ -212,6 +213,7 @@ def test_exploration_ends(end, tmp_path):
 
 
 # -- the lifecycle ----------------------------------------------------------------------------------------------------
+@pytest.mark.many(every=4)
 @pytest.mark.parametrize("fields", [{"every": 3}, {"every": 2, "end": 3}], ids=str)
 def test_a_checkpoint_is_dense_and_training_resumes_bit_exact(fields, tmp_path):
     step = {"technique": "top_kast", "sparsity": 0.7, "backward_sparsity": 0.4, **fields}

@@ -366,6 +366,7 @@ def test_generate_runs_in_transformers_loop():
     assert torch.equal(hf_optim.generate(model, **inputs, **GREEDY), expected)
 
 
+@pytest.mark.slow
 def test_compiled_after_it_was_offloaded():
     model = tiny_llama()
     inputs = inputs_for(model)
