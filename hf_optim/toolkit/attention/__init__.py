@@ -7,12 +7,14 @@ from . import (
     blocked,
     caches,
     dense_attention,
+    device_constants,
     distance_bias,
     flash_cpu,
     flash_plan,
     global_models,
     global_tokens,
     head_caches,
+    head_patterns,
     kept,
     layout,
     learned,
@@ -36,12 +38,13 @@ from . import (
 )
 from .attached import attach_again, detach
 from .attachment import FIELD, Attachment, read_mask, require_all_keys, with_bias
-from .attend import HeadPatterns, attend_lists, constant_on, lists_for, masked_attention, seen_mask
+from .attend import attend_lists, lists_for, masked_attention
 from .block_mask import block_mask
 from .blocked import DistanceBias
 from .cached_tokens import most_seen, patterns_of, tokens_kept
 from .caches import PatternLayer, slots_for
 from .dense_attention import dense_product
+from .device_constants import constant_on
 from .distance_bias import attend_biased, nearest_keys
 from .fixed_cache import FixedGroupsLayer, FixedLayer, Slots
 from .flash_cpu import Source
@@ -55,6 +58,7 @@ from .global_models import (
 )
 from .global_tokens import Pieces
 from .head_caches import HeadGroupsLayer, groups_of
+from .head_patterns import HeadPatterns, seen_mask
 from .kept import Kept, kept_attention, take_tokens
 from .learned import PART, LearnedAttachment, LearnedConfig, LearnedModel, add_parts, attentions, initialize_part
 from .lsh_chunks import lsh_attention, unit_keys
@@ -103,8 +107,8 @@ from .terms import Band, Chunks, Columns, GlobalTokens, Segments, ShiftedChunks,
 
 # Modules whose source is stored with a checkpoint, each before those that import from it.
 STORED = (
-    remote_code_guard, terms, pattern, layout, blocked, dense_attention, flash_plan, flash_cpu, rows, attend, kept,
-    caches, model_caches, settings, mixed_classes, attachment, pattern_models,
+    remote_code_guard, terms, pattern, layout, blocked, dense_attention, flash_plan, flash_cpu, rows, device_constants,
+    head_patterns, attend, kept, caches, model_caches, settings, mixed_classes, attachment, pattern_models,
 )  # fmt: skip
 GLOBAL_TOKENS = (global_tokens, global_models)  # in addition, of techniques with global tokens
 LEARNED = (row_state, state_cache, learned)  # in addition, of attention with learned parts and a state

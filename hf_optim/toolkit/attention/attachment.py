@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
-from .attend import HeadPatterns, attend
+from .attend import attend
+from .head_patterns import HeadPatterns
 from .kept import Kept
 from .pattern import Pattern
 from .rows import SEGMENTS, UNWRITTEN, Rows

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attend import HeadPatterns
+from .head_patterns import HeadPatterns
 
 
 def block_mask(heads: HeadPatterns, length: int, device: torch.device | str = "cpu", block: int = 128) -> Any:

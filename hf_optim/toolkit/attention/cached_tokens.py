@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attachment import FIELD
-from .attend import HeadPatterns
+from .head_patterns import HeadPatterns
 from .kept import NO_LIMIT
 from .pattern_models import is_detached
 

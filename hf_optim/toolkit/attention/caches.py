@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .attend import HeadPatterns
+from .head_patterns import HeadPatterns
 from .kept import Kept, take_tokens
 from .rows import Rows
 

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .attend import HeadPatterns, alike, attend, installed_kernel, lists_for
+from .attend import alike, attend, installed_kernel, lists_for
 from .blocked import DistanceBias, blocked_attention
+from .head_patterns import HeadPatterns
 from .layout import BLOCK
 from .pattern import Pattern
 from .rows import Apart, Rows

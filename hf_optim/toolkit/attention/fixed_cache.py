@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .attend import HeadPatterns
 from .blocked import DistanceBias
 from .cached_tokens import expiries, most_seen, tokens_kept
 from .caches import HeldKeys, PatternLayer
 from .head_caches import Groups, of_group
+from .head_patterns import HeadPatterns
 from .kept import GATHERED_SHARE, NO_LIMIT, grouped_product, take_tokens
 from .rows import Rows
 

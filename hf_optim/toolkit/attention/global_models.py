@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..modules.mixed_classes import mixed
 from .attachment import FIELD, Attachment, Builder
-from .attend import HeadPatterns
 from .global_tokens import BatchGlobals, Pieces, attend_globally
+from .head_patterns import HeadPatterns
 from .pattern import Pattern
 from .pattern_models import PatternModel, is_detached
 from .rows import Rows

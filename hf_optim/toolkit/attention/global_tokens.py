@@ -16,8 +16,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .attend import HeadPatterns, attend, attend_lists, lists_for, long_enough, masked_attention, must_move, seen_mask
+from .attend import attend, attend_lists, lists_for, long_enough, masked_attention, must_move
 from .flash_cpu import Source
+from .head_patterns import HeadPatterns, seen_mask
 from .layout import BLOCK, Layout
 from .rows import Apart, Rows
 

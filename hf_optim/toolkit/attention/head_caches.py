@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .attend import constant_on
 from .caches import HeldKeys, PatternLayer
+from .device_constants import constant_on
 
 Groups = tuple[tuple[int, ...], ...]  # of key/value heads
 NARROWEST = 64  # tokens; heads that see fewer are kept together

@@ -15,9 +15,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .attend import HeadPatterns, as_bias, masked_attention, seen_by_head
+from .attend import masked_attention
 from .blocked import DistanceBias
 from .dense_attention import dense_product
+from .head_patterns import HeadPatterns, as_bias, seen_by_head
 from .rows import Rows
 
 NO_LIMIT = 2**31 - 1  # tokens of a row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .attend import HeadPatterns
+from .head_patterns import HeadPatterns
 
 PAIRS_COUNTED = 2**24
 
