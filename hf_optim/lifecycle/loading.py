@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.read_errors import readable_errors
-from ..checkpoints.saving import attach_exit_save
 from ..checkpoints.source import name_of_load
 from ..compressed.packed.accelerate import kernels_for
 from ..compressed.packed.loader import with_packed_quantizer
-from ..errors import CheckpointError, DataError, ModelError, RecipeError
+from ..errors import DataError, ModelError, RecipeError
 from ..recipes.composition import step_label
-from ..recipes.config import DataConfig, OptimConfig
+from ..recipes.config import OptimConfig
 from ..recipes.contract import OnRanks
 from ..recipes.technique import Technique
 from ..runs.acceptance import require_in_memory_map, require_model, require_runnable
@@ -32,14 +27,20 @@ from ..runs.run import Run, traits_of, traits_of_config
 from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
-from ..toolkit.checkpoint.stock_errors import explained, require_bounded, stock_errors
+from ..toolkit.checkpoint.stock_errors import explained
 from ..toolkit.checkpoint.stored_codes import require_known_format
 from ..toolkit.distributed.fsdp import has_sharded_parameters
 from ..toolkit.offloading import offload_plan
-from ..trust.bounds import shown
-from ..trust.code import may_run, require_no_kernels
-from ..trust.lookup import Where
-from ..trust.weights import checked_weights
+from .load_arguments import (
+    apply_prepared,
+    check_files,
+    given_experts,
+    has_other_layers,
+    prepared_load,
+    refuse_data_fields,
+    resolve_config,
+    restrict,
+)
 from .offloaded import (
     PackedBlocks,
     compute_device,
@@ -50,12 +51,12 @@ from .offloaded import (
 )
 from .stages import attach_model, require_data, run_stages, start_run
 from .step_checks import require_supported_steps
+from .stored_exits import attach_exits, find_exits
 from .tensor_parallel import divides, load_part, requested
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-LOOKUP = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 def load(
@@ -71,7 +72,7 @@ def load(
     that ``optimize`` accepts) and ``tokenizer=``.
     """
     calibration, tokenizer = kwargs.pop("calibration", None), kwargs.pop("tokenizer", None)
-    _restrict(kwargs)
+    restrict(kwargs)
     if isinstance(optim_config, str) and optim_config == AUTO:
         return _load_auto(cls, stock, args, kwargs)
     from ..toolkit.experts import detach_experts
@@ -80,20 +81,20 @@ def load(
     _refuse_streamed(recipe)
     offloading = offloading_step(recipe)
     require_in_memory_map(kwargs.get("device_map"))
-    given_experts = _given_experts(kwargs)
+    chosen_experts = given_experts(kwargs)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
-    config, kwargs = _resolve_config(cls, source, kwargs)
-    _refuse_data_fields(kwargs, config)
+    config, kwargs = resolve_config(cls, source, kwargs)
+    refuse_data_fields(kwargs, config)
     run = start_run(recipe, config)
     run.tokenizer, run.loading, run.loaded_class = tokenizer, True, cls
     # Everything that can be refused is refused here, before a weight is read.
     recipe.check(traits_of_config(config))
     require_data(run, calibration)
-    kwargs |= _prepared_load(run, kwargs)
+    kwargs |= prepared_load(run, kwargs)
     if divides(recipe, run.config, kwargs) and getattr(run.config, "quantization_config", None) is not None:
         # Each rank loads its part of the packed weights, which leaves nothing to do for a step that changes none.
         return _load_auto(cls, stock, (source, *args[1:]), {**kwargs, "config": run.config})
-    files = _check_files(source, run.config, kwargs)
+    files = check_files(source, run.config, kwargs)
     trains = any(stage.trains for stage in recipe.stages)
     wants_info = kwargs.pop("output_loading_info", False)
     if offloading is not None and len(recipe.steps) == 1 and files:
@@ -104,14 +105,14 @@ def load(
     new_heads = NewHeads.ALL if trains else NewHeads.CLASSIFIERS
     model, info = _load_placed(stock, source, args, run.config, files, kwargs, new_heads)
     run.loading = False
-    _attach_exits(model, source, kwargs)
+    attach_exits(model, source, kwargs)
     attach_model(run, model, source, kwargs.get("revision"))
     if files:
         run.record.measured["before"] = {"bytes_on_disk": sum(path.stat().st_size for path in files)}
     model = run_stages(run, calibration)
     if run.stage is None:
         _put_on_kernels(model)
-        if given_experts is not None:
+        if chosen_experts is not None:
             detach_experts(model)
         offload_finished(run, model)
     return (model, info) if wants_info else model
@@ -197,7 +198,7 @@ def optimize(
     _refuse_streamed(recipe)
     require_model(model)
     own_configs(model)
-    _find_exits(model)
+    find_exits(model)
     run = start_run(recipe, model.config)
     run.tokenizer, run.journal, run.dense, run.announce = tokenizer, journal, dense, announce
     run.device = torch.device(device) if device is not None else None
@@ -215,39 +216,6 @@ def optimize(
         _put_on_kernels(model)
     offload_finished(run, model)
     return model
-
-
-def _restrict(kwargs: dict[str, Any]) -> None:
-    """Set the arguments of ``from_pretrained`` so that code needs the caller's word, and weights are safetensors.
-
-    Raises ``CheckpointError`` if the call asks for other weights.
-    """
-    kwargs["trust_remote_code"] = may_run(kwargs.get("trust_remote_code"))
-    if kwargs.setdefault("use_safetensors", True) is False:
-        raise CheckpointError("hf_optim reads safetensors only: pickle files can run code when they are opened")
-    if kwargs.get("gguf_file") is not None:
-        raise CheckpointError("hf_optim reads safetensors only, no GGUF files: convert the checkpoint first")
-    kwargs["use_safetensors"] = True
-
-
-def _check_files(source: Any, config: Any, kwargs: dict[str, Any]) -> tuple[Path, ...] | None:
-    """Check the files that stock ``from_pretrained`` will load, and return them. Raises ``CheckpointError``."""
-    if source is None:
-        return None  # weights in memory, given as ``state_dict``
-    lookup = {key: kwargs.get(key) for key in LOOKUP}
-    require_no_kernels(source, kwargs["trust_remote_code"], **lookup)
-    adapter = dict(kwargs.get("adapter_kwargs") or {})
-    files = checked_weights(
-        source,
-        named=getattr(config, "transformers_weights", None),
-        variant=kwargs.get("variant"),
-        adapter=adapter.get("_adapter_model_path"),
-        adapter_revision=adapter.get("revision"),
-        **lookup,
-    )
-    if "force_download" in kwargs:
-        kwargs["force_download"] = False  # what was checked is what is loaded
-    return files
 
 
 def _refuse_streamed(recipe: OptimConfig) -> None:
@@ -268,17 +236,6 @@ def _refuse_shards(recipe: OptimConfig, model: PreTrainedModel) -> None:
             raise ModelError(
                 f"{step_label(number, step)}: the weights are in shards (FSDP2), and {step.name} needs them whole: "
                 "train on one device or with DDP (`hf-optim list` says what each technique can do on ranks)"
-            )
-
-
-def _refuse_data_fields(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Raise ``RecipeError`` for an argument that is a field of a recipe's calibration data."""
-    for field in dataclasses.fields(DataConfig):
-        if field.name in kwargs and not hasattr(config, field.name):
-            value = shown(kwargs[field.name])
-            raise RecipeError(
-                f"from_pretrained has no argument {field.name}: it is a field of the recipe's calibration data. Pass "
-                f"optim_config=hf_optim.OptimConfig.parse(recipe).with_calibration({field.name}={value})"
             )
 
 
@@ -314,11 +271,11 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     from ..toolkit.packing import attach_stored_packing
 
     wants_info = kwargs.pop("output_loading_info", False)
-    given_experts = _given_experts(kwargs)
+    chosen_experts = given_experts(kwargs)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     with readable_errors(source):
-        config, kwargs = _resolve_config(cls, source, kwargs)
-        files = _check_files(source, config, kwargs)
+        config, kwargs = resolve_config(cls, source, kwargs)
+        files = check_files(source, config, kwargs)
     quantized = require_known_format(config, str(source)) is not None or kwargs.get("quantization_config") is not None
     new_heads = NewHeads.NONE if quantized else NewHeads.CLASSIFIERS
     request = requested(kwargs, config, quantized)
@@ -347,51 +304,10 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
         vars(model)[UNAPPLIED_CACHE] = kind
         warnings.warn(unapplied_cache_warning(kind), KernelWarning, stacklevel=4)
     attach_stored_settings(model)
-    (attach_experts if given_experts is None else detach_experts)(model)
-    _attach_exits(model, source, kwargs)
+    (attach_experts if chosen_experts is None else detach_experts)(model)
+    attach_exits(model, source, kwargs)
     attach_stored_packing(model)
     return (model, info) if wants_info else model
-
-
-def _attach_exits(model: PreTrainedModel, source: Any, kwargs: Mapping[str, Any]) -> None:
-    """Give a model that was loaded the exits of its checkpoint, if its configuration describes some."""
-    from ..toolkit.exits import FILE, attach_stored_exits, stored_settings
-
-    if stored_settings(model.config) is None:
-        return
-    home = None
-    if source is not None:
-        lookup = {key: kwargs.get(key) for key in LOOKUP if key != "subfolder"}
-        home = Where(os.fspath(source), kwargs.get("subfolder") or "", lookup).home_of(FILE)
-        home = Path(source, kwargs.get("subfolder") or "") if home is None else home
-    attach_stored_exits(model, home)
-    attach_exit_save(model)
-
-
-def _find_exits(model: PreTrainedModel) -> None:
-    """Give a model that is in memory the exits of its checkpoint; drop their entry, and say so, if it is not there."""
-    from ..toolkit.exits import FILE, attach_stored_exits, exits_of, store_settings, stored_settings
-
-    if exits_of(model) is not None or stored_settings(model.config) is None:
-        return
-    source = str(getattr(model.config, "_name_or_path", "") or "")
-    if os.path.lexists(os.path.join(source, FILE)):
-        attach_stored_exits(model, source)
-        return
-    log.warning(
-        "the configuration of this %s describes early exits, whose file %s is not beside its weights: the result will "
-        "have none. Load it with from_pretrained(optim_config=...) to keep them",
-        type(model).__name__,
-        FILE,
-    )
-    store_settings(model.config, None)
-
-
-def _given_experts(kwargs: Mapping[str, Any]) -> Any:
-    """Return the implementation of experts that the caller of ``from_pretrained`` chose, or None."""
-    # transformers' Auto classes have put the argument into the configuration.
-    given_config = getattr(kwargs.get("config"), "_experts_implementation", None)
-    return kwargs.get("experts_implementation", given_config)
 
 
 def _load_placed(
@@ -419,82 +335,5 @@ def _load_placed(
             source,
             new_heads=new_heads,
             ignore_mismatched_heads=ignore,
-            changed_config=_has_other_layers(source, config, kwargs),
+            changed_config=has_other_layers(source, config, kwargs),
         )
-
-
-def _has_other_layers(source: Any, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
-    """Return True if the caller chose other numbers of layers than the checkpoint's config.json names."""
-    if source is None:
-        return False
-    lookup = {key: kwargs[key] for key in LOOKUP if key in kwargs}
-    try:
-        stored, _ = PreTrainedConfig.get_config_dict(source, **lookup)
-    except (OSError, ValueError):
-        return False
-    return _differ_in_layers(stored, config.to_dict())
-
-
-def _differ_in_layers(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
-    for key, value in stored.items():
-        if isinstance(value, Mapping) and isinstance(current.get(key), Mapping):
-            if _differ_in_layers(value, current[key]):
-                return True
-        elif key in current and any(word in key for word in ("layer", "depth", "block")) and value != current[key]:
-            return True
-    return False
-
-
-def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    given = kwargs.pop("config", None)
-    if isinstance(given, PreTrainedConfig):
-        return copy.deepcopy(given), kwargs  # the caller may build other models from it
-    # The stock method resolves the configuration the same way, and keeps what the configuration did not consume.
-    reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
-    # A configuration has a dtype, too, and would keep that of the call, which may be "auto".
-    dtypes = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
-    with stock_errors(source, "no model configuration at"):
-        config, rest = reader.from_pretrained(
-            given if given is not None else source, return_unused_kwargs=True, **kwargs
-        )
-    rest |= dtypes
-    require_bounded(config, source)
-    # Both the configuration and the weights are looked up by these, and their code needs the same word.
-    return config, {**{key: kwargs[key] for key in (*LOOKUP, "trust_remote_code") if key in kwargs}, **rest}
-
-
-def _prepared_load(run: Run, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``from_pretrained`` arguments that the steps of the first stage set. Two steps may not set one key."""
-    settings: dict[str, Any] = {}
-    owners: dict[str, Technique] = {}
-    for step in run.stages[0].steps:
-        for wanted in run.call_on([step], "prepare_load", load_kwargs=MappingProxyType(dict(kwargs))):
-            for key, value in wanted.items():
-                if key in owners and settings[key] != value:
-                    raise RecipeError(
-                        f"{run.label(owners[key])} and {run.label(step)} both set {key!r} "
-                        f"({settings[key]!r} and {value!r}); leave one of them out"
-                    )
-                given = kwargs.get(key)
-                if given is None and key == "attn_implementation":
-                    # AutoModel has put the caller's choice into the configuration already.
-                    given = getattr(run.config, "_attn_implementation_internal", None)
-                if given is not None and given != value and run.loading:
-                    raise RecipeError(f"{run.label(step)} sets {key!r} to {value!r}, the call to {given!r}")
-                settings[key], owners[key] = value, step
-    return settings
-
-
-def apply_prepared(run: Run, model: PreTrainedModel) -> None:
-    """Apply the ``prepare_load`` settings to a model that is already in memory."""
-    for key, value in _prepared_load(run, {}).items():
-        if key == "attn_implementation":
-            model.set_attn_implementation(value)
-        elif key == "experts_implementation" and hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation(value)
-        elif key == "dtype":
-            model.to(value)
-        else:
-            raise ModelError(
-                f"{key!r} can only be set while the model is loaded: use from_pretrained(optim_config=...)"
-            )

@@ -21,7 +21,7 @@ from ...checkpoints.meta_model import MetaModel
 from ...checkpoints.read_errors import readable_errors
 from ...checkpoints.reader import Checkpoint
 from ...compressed.quantization_config import quantization_config, stored_schemes
-from ...lifecycle.loading import apply_prepared
+from ...lifecycle.load_arguments import apply_prepared
 from ...lifecycle.stages import attach_model, complete_stage, enter_stage, start_run
 from ...recipes.composition import Stage
 from ...recipes.config import OptimConfig
