@@ -17,9 +17,10 @@ from hf_optim.evaluation.sizes import bytes_on_disk
 from hf_optim.runs.record import Record
 from hf_optim.runs.run import Run, run_of
 from hf_optim.testing.card_figures import scrambled, title, unexplained
-from hf_optim.testing.conformance import AUTO, Attempts, attempts, inputs_for, quiet
+from hf_optim.testing.conformance import attempts, quiet
 from hf_optim.testing.models import TINY
 from hf_optim.testing.recompute import Case, differences
+from hf_optim.testing.tiny_runs import AUTO, Attempts, inputs_for
 from hf_optim.toolkit import topology
 
 __all__ = [

@@ -11,7 +11,7 @@ from tiny_models import TINY
 import hf_optim
 from hf_optim import Contract, Reload, Technique, hookimpl, run_of, technique
 from hf_optim.recipes.catalogue import catalogue
-from hf_optim.testing import conformance
+from hf_optim.testing import tiny_runs
 from hf_optim.testing.card_figures import scrambled, unexplained
 from hf_optim.testing.conformance_records import assert_card_follows, assert_recomputed, case_of
 from hf_optim.testing.recompute import differences
@@ -72,10 +72,10 @@ VARIANTS = {
 
 def finished(model, steps, folder):
     """Return the model after a recipe, trained for a few steps if it trains."""
-    model = hf_optim.optimize(model, steps, calibration=[conformance.inputs_for(model, seed=s) for s in range(3)])
+    model = hf_optim.optimize(model, steps, calibration=[tiny_runs.inputs_for(model, seed=s) for s in range(3)])
     while run_of(model).stage is not None:
         entered = run_of(model).stage_entered
-        model = conformance._train(model, folder) if entered else hf_optim.advance(model)
+        model = tiny_runs.train(model, folder) if entered else hf_optim.advance(model)
     return model
 
 

@@ -9,8 +9,8 @@ import torch
 from tiny_models import TINY, tiny_bert, tiny_llama
 
 import hf_optim
-from hf_optim.testing.conformance import inputs_for
 from hf_optim.testing.outliers import add_synthetic_outliers
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit.statistics.observers import ChannelAbsMax
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_optim
 from hf_optim.recipes.catalogue import catalogue
-from hf_optim.testing.conformance import inputs_for, optimize_tiny
+from hf_optim.testing.tiny_runs import inputs_for, optimize_tiny
 from hf_optim.toolkit import topology
 
 PERMUTES = {"channel_permutation", "peg"}

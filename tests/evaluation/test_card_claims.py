@@ -25,7 +25,7 @@ from hf_optim.evaluation.cards.result import LIMITS, Result
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.runs.record import Record
 from hf_optim.runs.run import run_of
-from hf_optim.testing import conformance
+from hf_optim.testing import tiny_runs
 
 DECODES = "Stock transformers decodes the weights"
 
@@ -118,7 +118,7 @@ def entry_of(name):
     None for one that trains: these take part in the real runs of the slow test.
     """
     cls = catalogue().get(name)
-    if any(stage.trains for stage in conformance.recipe_for(cls).stages):
+    if any(stage.trains for stage in tiny_runs.recipe_for(cls).stages):
         return None
     model = next(
         model
@@ -126,7 +126,7 @@ def entry_of(name):
         if takes(cls, model := TINY[build](**{"num_layers" if build == "t5" else "num_hidden_layers": sizes}))
     )
     made = hf_optim.optimize(
-        model, conformance.recipe_for(cls), calibration=[conformance.inputs_for(model, seed=s) for s in range(2)]
+        model, tiny_runs.recipe_for(cls), calibration=[tiny_runs.inputs_for(model, seed=s) for s in range(2)]
     )
     run = run_of(made)
     step = next(step for step in run.recipe.steps if isinstance(step, cls))
@@ -188,10 +188,10 @@ def test_every_pair_that_composes_is_saved_with_a_true_card(first, tmp_path):
 def check_saved(recipe, folder):
     model = TINY["llama"]()
     try:
-        model = hf_optim.optimize(model, recipe, calibration=[conformance.inputs_for(model, seed=s) for s in range(2)])
+        model = hf_optim.optimize(model, recipe, calibration=[tiny_runs.inputs_for(model, seed=s) for s in range(2)])
         while run_of(model).stage is not None:
             entered = run_of(model).stage_entered
-            model = conformance._train(model, folder / "training") if entered else hf_optim.advance(model)
+            model = tiny_runs.train(model, folder / "training") if entered else hf_optim.advance(model)
     except (hf_optim.ModelError, RecipeError):
         return  # refused for this model
     model.save_pretrained(folder / "out")

@@ -17,7 +17,7 @@ from transformers import (
 
 import hf_optim
 from hf_optim import ModelError, RecipeError, run_of
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit.offloading import files, find_state
 
 CLASSES = {

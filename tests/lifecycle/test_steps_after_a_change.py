@@ -10,7 +10,7 @@ import hf_optim
 from hf_optim import ModelError, OptimConfig
 from hf_optim.cli.check import check
 from hf_optim.lifecycle.step_checks import require_supported_steps
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 
 UPCYCLED = {"technique": "upcycle", "experts": 4, "top_k": 2}
 MOEFIED = {"technique": "moefication", "experts": 4, "active": 2, "epochs": 1}

@@ -121,7 +121,7 @@ def test_transformers_are_differentiated_twice(build, attention):
 
 
 def inputs(model) -> dict[str, torch.Tensor]:
-    from hf_optim.testing.conformance import inputs_for
+    from hf_optim.testing.tiny_runs import inputs_for
 
     return {k: v.double() if v.is_floating_point() else v for k, v in inputs_for(model).items()}
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertModel
 
 from hf_optim import ModelError
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.topology import find_residual_stream, permute_residual_
 

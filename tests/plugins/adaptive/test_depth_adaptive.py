@@ -22,7 +22,7 @@ from transformers import (
 import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimTrainer, RecipeError
 from hf_optim.cli import main
-from hf_optim.testing.conformance import training_examples
+from hf_optim.testing.tiny_runs import training_examples
 from hf_optim.toolkit.exits import (
     FILE,
     ExitSettings,

@@ -254,7 +254,7 @@ def test_the_experts_of_upcycle_and_quantized_experts_have_a_capacity(tmp_path):
 @BOTH
 @pytest.mark.parametrize("fields", [{}, {"group": "sequence", "rounding": "vmoe", "capacity": 0.7}])
 def test_what_is_dropped_on_calibration_data_is_recomputed_token_by_token(cls, fields, tmp_path):
-    from hf_optim.testing.conformance import inputs_for
+    from hf_optim.testing.tiny_runs import inputs_for
 
     source = TINY["mixtral"]()
     batches = [inputs_for(source, seed=seed) for seed in range(3)]

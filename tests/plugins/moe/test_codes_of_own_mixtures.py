@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_optim
 from hf_optim import ModelError
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 
 MOEFIED = {"technique": "moefication", "experts": 4, "active": 2, "epochs": 2}
 RESIDUAL = {"technique": "pr_moe", "experts": [2, 4]}

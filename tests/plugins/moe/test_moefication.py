@@ -20,7 +20,7 @@ from transformers import (
 
 import hf_optim
 from hf_optim import ModelError, NumericalError, OptimConfig, RecipeError
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit import experts as toolkit_experts
 from hf_optim_plugins.moe import _moefied_layers, moefication
 

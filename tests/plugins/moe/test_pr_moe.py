@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_optim
 from hf_optim import ModelError, OptimConfig, OptimError, RecipeError
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim_plugins.moe.pr_moe import balance, counted_tokens, pyramid, take_routed
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, run_of
 from hf_optim.recipes.traits import SPARSE
-from hf_optim.testing.conformance import inputs_for, training_examples
+from hf_optim.testing.tiny_runs import inputs_for, training_examples
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.topology.prunable_groups import HEADS, coupled_layers, find_prunable_groups

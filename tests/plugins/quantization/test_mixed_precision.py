@@ -10,8 +10,8 @@ from tiny_models import tiny_bert, tiny_llama, tiny_opt, tiny_vit
 
 import hf_optim
 from hf_optim import RecipeError, Reload, compressed, run_of
-from hf_optim.testing.conformance import inputs_for
 from hf_optim.testing.outliers import add_synthetic_outliers
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim_plugins.quantization.mixed_precision import MixedPrecision
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, BertModel
 import hf_optim
 from hf_optim import NumericalError, run_of
 from hf_optim.checkpoints.dense import convert_to_dense
-from hf_optim.testing.conformance import inputs_for
 from hf_optim.testing.outliers import add_synthetic_outliers
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.quantization.ranges import even_groups
 from hf_optim_plugins.quantization.peg import PEG, Wiring, sort_pair_

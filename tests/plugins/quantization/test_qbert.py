@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BertModel
 
 from hf_optim import ModelError, RecipeError, compressed, optimize
 from hf_optim.runs.run import run_of
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
 from hf_optim.toolkit.statistics import calibration_loss, enable_double_backward, gradients
 from hf_optim_plugins.quantization.qbert import QBERT, grouped_grid

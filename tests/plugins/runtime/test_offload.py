@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_optim
 from hf_optim import OptimConfig, RecipeError, run_of
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit.offloading import find_state
 
 STEP = {"technique": "offload", "to": "disk", "threads": 2}

@@ -13,7 +13,7 @@ from transformers import BertModel
 import hf_optim
 from hf_optim import ModelError, NumericalError, OptimConfig, RecipeError, run_of
 from hf_optim.recipes.traits import SPARSE
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit.permutation import permutation_sites
 from hf_optim.toolkit.pruning import masks

@@ -14,7 +14,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM, 
 
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim_plugins.sparsity import _sparse_ffn_codes, _sparse_ffn_controller, _sparse_ffn_kernel
 from hf_optim_plugins.sparsity._sparse_ffn_controller import Controller, Units
 from hf_optim_plugins.sparsity._sparse_ffn_modules import SparseFFN, gathered_tokens

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_optim
 from hf_optim import CheckpointError, ModelError
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit.offloading import OpenFile, Piece, files, place
 from hf_optim.toolkit.offloading.files import CHUNK, Reader, aligned_memory
 

@@ -17,7 +17,7 @@ import hf_optim
 from hf_optim import ModelError
 from hf_optim.generation.door import GenerationWarning
 from hf_optim.generation.early_exit.door import weights_of
-from hf_optim.testing.conformance import inputs_for
+from hf_optim.testing.tiny_runs import inputs_for
 from hf_optim.toolkit.exits import detach_exits
 from hf_optim.toolkit.offloading import find_state, place, restore_weights
 from hf_optim.toolkit.offloading.classes import Absent
