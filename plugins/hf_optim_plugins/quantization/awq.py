@@ -34,7 +34,7 @@ from hf_optim.toolkit.quantization import GridSpec, group_by_scale, qparams_from
 from hf_optim.toolkit.statistics import ChannelAbsMax, ChannelAbsMean, SecondMoment
 from hf_optim.toolkit.topology import NOT_REACHED, weight_out_in
 
-from . import _recompute
+from . import _recompute_folded
 from ._scale_plan import Plan, make_plan, wiring
 from ._weights import weight_spec
 
@@ -163,7 +163,7 @@ class AWQ(Technique):
         return weight_spec(weight.shape[1], self.bits, self.group_size, self.symmetric)
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return _recompute.awq(case, self)
+        return _recompute_folded.awq(case, self)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

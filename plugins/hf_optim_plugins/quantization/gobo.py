@@ -33,7 +33,7 @@ from hf_optim.toolkit.pruning import masks, require_finite
 from hf_optim.toolkit.quantization import codebooks
 from hf_optim.toolkit.topology import parameter_names, weight_out_in
 
-from . import _gobo_modules, _recompute
+from . import _gobo_modules, _recompute_bits
 from ._weights import QUANTIZES
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class GOBO(Technique):
         return coded.train(module.training)
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return _recompute.gobo(case)
+        return _recompute_bits.gobo(case)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -60,7 +60,7 @@ from hf_optim.toolkit.quantization import (
 from hf_optim.toolkit.statistics import TensorMinMax
 from hf_optim.toolkit.topology import find_residual_stream, not_reached
 
-from . import _recompute
+from . import _recompute_activations
 from ._activation_code import Grids, code_of, install, select_unshared
 from ._weights import QUANTIZES, require_storable
 
@@ -206,7 +206,7 @@ class MixedPrecision(Technique):
             compressed.attach_quantizer(run.model)
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return _recompute.mixed_precision(case, self.sites)
+        return _recompute_activations.mixed_precision(case, self.sites)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -50,7 +50,7 @@ from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import ChannelMinMax, even_groups, group_qparams, optimal_groups
 from hf_optim.toolkit.topology import LinearPair, ResidualStream, find_residual_stream, not_reached, permute_residual_
 
-from . import _recompute
+from . import _recompute_activations
 from ._activation_code import Grids, code_of, install, select_unshared
 
 Ranges = dict[str, tuple[Tensor, Tensor]]
@@ -155,7 +155,7 @@ class PEG(Technique):
         return Grids(*group_qparams(low, high, group, module.get_parameter("weight").dtype), group)
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return _recompute.peg(case)
+        return _recompute_activations.peg(case)
 
 
 class Arrangement(NamedTuple):

@@ -80,7 +80,7 @@ from hf_optim.toolkit.statistics import (
 )
 from hf_optim.toolkit.topology import group_by_block
 
-from . import _recompute
+from . import _recompute_bits
 from ._weights import QUANTIZES, require_storable, select_layers, weight_spec
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ class QBERT(Technique):
             compressed.attach_quantizer(run.model)
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return _recompute.qbert(case, self)
+        return _recompute_bits.qbert(case, self)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -56,7 +56,7 @@ from hf_optim.toolkit.permutation import orthogonal, rotating
 from hf_optim.toolkit.statistics import RecordedBatches, sample_microbatches
 from hf_optim.toolkit.topology import StreamRotation, ValueHeads
 
-from . import _recompute, _rotated_inputs
+from . import _recompute_folded, _rotated_inputs
 from ._rotation_fit import RotationFit, Simulated
 
 SITES = ("residual", "values")
@@ -213,7 +213,7 @@ class Rotation(Technique):
         return fit.stream_rotations, fit.head_rotations
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return _recompute.rotation(case, self)
+        return _recompute_folded.rotation(case, self)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -31,7 +31,7 @@ from hf_optim.toolkit.permutation import folding, scale_bounds
 from hf_optim.toolkit.statistics import ChannelAbsMax
 from hf_optim.toolkit.topology import weight_out_in
 
-from . import _recompute
+from . import _recompute_folded
 from ._scale_plan import Plan, make_plan, wiring
 
 
@@ -88,7 +88,7 @@ class SmoothQuant(Technique):
         )
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return _recompute.smoothquant(case, self)
+        return _recompute_folded.smoothquant(case, self)
 
 
 @dataclass
