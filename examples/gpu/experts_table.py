@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from experts import SHAPES, TOKENS, _short
+from experts_cases import SHAPES, TOKENS
+from experts_tiles import short_name
 from experts_training_table import kernels_of_a_token, training
 
 from hf_optim_kernels.experts import launch
@@ -121,11 +122,11 @@ def measured(found, name, tokens, block, which, tiles):
     """The time of a launch, or None."""
     # The kernels of decoding share the experts of a token among as many programs as there are, whatever is larger.
     known = found["tiles"].get(str((name, tokens, block, which)), {})
-    return known.get(_short(tiles)) or known.get(_short(tiles._replace(split=8)))
+    return known.get(short_name(tiles)) or known.get(short_name(tiles._replace(split=8)))
 
 
 def bytes_read(layers=12, vocabulary=151936, heads=(32, 4, 4), head=128):
-    """Bytes of the weights that a token reads in the model of ``experts.generate``: bfloat16, without norms."""
+    """Bytes of the weights that a token reads in the model of ``experts_generate.py``: bfloat16, without norms."""
     shape = SHAPES["qwen3-30b-a3b"]
     attention = shape.d * head * (heads[0] * 2 + heads[1] + heads[2])
     experts = shape.top_k * 3 * shape.d * shape.inner + shape.experts * shape.d
@@ -167,7 +168,7 @@ def many_tokens(found, first):
         if goal:
             how = tiles_used(name, int(tokens))
             parts = [
-                first["launches"][f"{name} {which} {_short(t)}"] for which, t in zip(PRODUCTS, how[1:], strict=True)
+                first["launches"][f"{name} {which} {short_name(t)}"] for which, t in zip(PRODUCTS, how[1:], strict=True)
             ]
             total = sum(parts) + sum(found["parts"][key].values())
             sums.append(f"{total:.0f} for {row['now']:.0f} ({name})")
@@ -197,7 +198,7 @@ def kernels_tried(found, first, second):
                 together.append(f"{name} {tried:.0f} {kernel} and {usual:.0f} without")
     name, tiles = "qwen3-30b-a3b", tiles_used("qwen3-30b-a3b", 4096).down
     runs = [measured(found, name, 4096, 128, 1, tiles)]
-    runs += [record["launches"][f"{name} down {_short(tiles)}"] for record in (first, second)]
+    runs += [record["launches"][f"{name} down {short_name(tiles)}"] for record in (first, second)]
     errors = [error for record in (first, second) for row in record["check"].values() for error, _ in row.values()]
     return {
         "tried": table(("kernel", "layer", "product", "tiles that exist", "tried", "fastest over fastest"), rows),

@@ -16,88 +16,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import NamedTuple
+from pathlib import Path
 
 import sparse_layouts
 import torch
 import torch.nn.functional as F
 from sections import Sections
+from sparse_attention_cases import (
+    BF16,
+    BLOCKS,
+    DEVICE,
+    LENGTHS,
+    PATTERNS,
+    SHAPES,
+    Shape,
+    drawn,
+    layout_of,
+    pattern_of,
+    sets,
+)
+from sparse_attention_tiles import try_tiles
 
 from hf_optim_kernels.common import benchmark
-from hf_optim_kernels.sparse_attention import items, launch, op
-from hf_optim_kernels.sparse_attention.tiles import FORWARD, KEYS, QUERIES, Tiles, piece, tiles
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16 = torch.bfloat16
-BLOCKS = (64, 128)
-
-
-class Shape(NamedTuple):
-    """Heads, head size, tokens, and a pattern by name."""
-
-    heads: int
-    size: int
-    n: int
-    pattern: str
-
-    @property
-    def causal(self):
-        return "causal" in self.pattern
-
-
-PATTERNS = {
-    "window 256": sparse_layouts.window,
-    "globals 64": sparse_layouts.global_tokens,
-    "big bird": sparse_layouts.big_bird,
-    "strided 32": sparse_layouts.strided,
-    "window 1024 causal": lambda n, device: sparse_layouts.window(n, device, 1023, 0),
-}
-ENCODER = [Shape(12, 64, n, p) for n in (4096, 16384) for p in list(PATTERNS)[:4]]
-SHAPES = [*ENCODER, Shape(32, 128, 16384, "window 1024 causal")]
-TILE_SHAPES = [Shape(12, 64, 16384, "window 256"), Shape(12, 64, 16384, "big bird"), SHAPES[-1]]
-LENGTHS = [1 << power for power in range(10, 18)]
-# Candidates of each launch, by (block, head size).
-TRIED = {
-    FORWARD: {
-        (64, 64): [Tiles(*t) for t in ((64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 4), (64, 8, 3))],
-        (128, 64): [Tiles(*t) for t in ((128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 8, 4), (64, 4, 3), (32, 8, 4))],
-        (64, 128): [Tiles(*t) for t in ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 4))],
-        (128, 128): [Tiles(*t) for t in ((64, 8, 3), (64, 8, 2), (128, 8, 2), (32, 8, 3), (32, 8, 4))],
-    },
-    QUERIES: {
-        (64, 64): [Tiles(*t) for t in ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 4))],
-        (128, 64): [Tiles(*t) for t in ((64, 8, 3), (64, 8, 2), (32, 8, 3), (128, 8, 2))],
-        (64, 128): [Tiles(*t) for t in ((32, 4, 3), (32, 4, 2), (64, 4, 2), (64, 8, 2))],
-        (128, 128): [Tiles(*t) for t in ((32, 8, 3), (32, 8, 2), (64, 8, 2))],
-    },
-    KEYS: {
-        (64, 64): [Tiles(*t) for t in ((32, 4, 3), (32, 4, 2), (16, 4, 3), (64, 4, 2), (64, 8, 2))],
-        (128, 64): [Tiles(*t) for t in ((32, 8, 3), (32, 8, 2), (64, 8, 2))],
-        (64, 128): [Tiles(*t) for t in ((32, 8, 3), (32, 8, 2), (32, 4, 2), (16, 4, 3))],
-        (128, 128): [Tiles(*t) for t in ((32, 8, 3), (32, 8, 2), (16, 8, 3))],
-    },
-}
-
-
-def pattern_of(shape):
-    return PATTERNS[shape.pattern](shape.n, DEVICE)
-
-
-@functools.lru_cache(maxsize=4)
-def layout_of(shape, block):
-    return sparse_layouts.layout(pattern_of(shape), block, shape.heads)
-
-
-def drawn(shape, count=1, seed=0, dtype=BF16):
-    """Queries, keys, values and upstream gradients, ``count`` times."""
-    random = torch.Generator(DEVICE).manual_seed(seed)
-    size = (1, shape.heads, shape.n, shape.size)
-    return [[torch.randn(size, device=DEVICE, generator=random).to(dtype) for _ in range(4)] for _ in range(count)]
-
-
-def sets(shape):
-    """As many inputs that no call finds its own in the L2 cache, as far as memory allows."""
-    return drawn(shape, 4 if shape.n <= 16384 else 2)
+from hf_optim_kernels.sparse_attention import items, op
+from hf_optim_kernels.sparse_attention.tiles import piece
 
 
 def ours(shape, block):
@@ -214,55 +156,6 @@ def check():
     return found | {"worst": worst}
 
 
-def warm(index, count):
-    """Compile every ``count``-th candidate of ``tiles`` on a short sequence."""
-    jobs = [(d, *key, t) for d, by in TRIED.items() for key, each in by.items() for t in each]
-    for direction, block, size, given in jobs[index::count]:
-        shape = Shape(2, size, 1024, "window 256")
-        try:
-            tile_call(direction, shape, block, drawn(shape)[0])(given)
-        except Exception as problem:
-            print("warm", direction, block, size, given, str(problem)[:150], flush=True)
-    torch.cuda.synchronize()
-
-
-def tile_call(direction, shape, block, inputs):
-    """A function of tiles that is one launch, with what is merged behind it."""
-    layout, (q, k, v, slope), scale = layout_of(shape, block), inputs, shape.size**-0.5
-    plan = op.prepare(layout, q, k)
-    if direction == FORWARD:
-        return lambda t: launch.forward(q, k, v, None, None, layout, plan, scale, None, t)
-    out, lse = launch.forward(q, k, v, None, None, layout, plan, scale)
-    delta = launch._delta(out, slope, lse, None)
-    given = (slope, q, k, v, lse, delta, None, None, layout, plan, scale, None)
-    grads = [torch.empty_like(each) for each in (q, k, v)]
-    if direction == QUERIES:
-        return lambda t: launch._query_gradient(grads[0], *given, t)
-    return lambda t: launch._key_gradients(*grads[1:], *given, t)
-
-
-def try_tiles():
-    """Microseconds of each launch by its tiles (step, warps, stages)."""
-    found = {}
-    for shape, block, direction in itertools.product(TILE_SHAPES, BLOCKS, TRIED):
-        calls, row = [tile_call(direction, shape, block, each) for each in drawn(shape, 2)], {}
-        for given in TRIED[direction][block, shape.size]:
-            try:
-                row[" ".join(map(str, given))] = benchmark.graph_time(
-                    [functools.partial(c, given) for c in calls], 11
-                ).us
-            except Exception as problem:
-                print(shape, block, direction, given, type(problem).__name__, str(problem)[:120], flush=True)
-        best = sorted(row.items(), key=lambda pair: pair[1])
-        usual = " ".join(map(str, tiles(direction, block, shape.size, shape.size, BF16, torch.device(DEVICE))))
-        found[f"{shape} {block} {direction}"] = row
-        print(
-            f"{shape.pattern} {block} {direction}:", "; ".join(f"{t} {us:.1f}" for t, us in best),
-            f"| usual {usual} {row.get(usual, 0):.1f}", flush=True,
-        )  # fmt: skip
-    return found
-
-
 # A Hopper multiprocessor: exponentials in a cycle, cycles in a microsecond; how many a device has.
 EXPONENTIALS, CYCLES, PROCESSORS = 16, 1755, 132
 
@@ -357,7 +250,7 @@ def main():
 
     if wants("tiles"):
         start, count = time.perf_counter(), min(16, os.cpu_count() or 1)
-        script = [sys.executable, __file__, "--warm"]
+        script = [sys.executable, Path(__file__).with_name("sparse_attention_tiles.py")]
         others = [subprocess.Popen([*script, str(i), str(count)]) for i in range(count)]
         for other in others:
             other.wait()
@@ -409,9 +302,7 @@ def first(size, block):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--warm"]:
-        warm(int(sys.argv[2]), int(sys.argv[3]))
-    elif sys.argv[1:2] == ["--first"]:
+    if sys.argv[1:2] == ["--first"]:
         first(int(sys.argv[2]), int(sys.argv[3]))
     else:
         main()
