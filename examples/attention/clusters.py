@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grids import CONTEXT, perplexity, recovered, windows
+from stories import CONTEXT, perplexity, recovered, windows
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer

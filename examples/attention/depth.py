@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import grids
+import stories
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,10 +47,10 @@ def study(
         texts: held-out windows of 256 tokens.
         recipes: by their names in the table.
     """
-    home, stories = shared / "models" / "babyllama-1m", shared / "data" / "tinystories"
+    home, data = shared / "models" / "babyllama-1m", shared / "data" / "tinystories"
     tokenizer = AutoTokenizer.from_pretrained(home)
-    held = grids.windows(tokenizer, stories / "eval.jsonl", texts)
-    train = grids.windows(tokenizer, stories / "train.jsonl", 4 * recovery)
+    held = stories.windows(tokenizer, data / "eval.jsonl", texts)
+    train = stories.windows(tokenizer, data / "train.jsonl", 4 * recovery)
     rows = []
     for name, recipe in recipes.items():
         torch.manual_seed(0)
@@ -59,14 +59,14 @@ def study(
         if recipe:
             model = hf_optim.optimize(model, recipe)
         row = {"recipe": name, "layers": layers, "parameters": model.num_parameters()}
-        row |= {"cache_bytes": grids.cache_bytes(model, held), "before": grids.perplexity(model, held)}
-        model = grids.recovered(model, train, recovery)
-        row["after"] = grids.perplexity(model, held)
+        row |= {"cache_bytes": stories.cache_bytes(model, held), "before": stories.perplexity(model, held)}
+        model = stories.recovered(model, train, recovery)
+        row["after"] = stories.perplexity(model, held)
         if (pondered := getattr(model, "pondered", None)) is not None:
             row["mean_steps"] = round(float(pondered.steps.double().mean()), 4)
         rows.append(row)
         print(json.dumps(row), flush=True)
-    return {"held_out_tokens": held.numel(), "steps": recovery, "batch": 4, "context": grids.CONTEXT, "rows": rows}
+    return {"held_out_tokens": held.numel(), "steps": recovery, "batch": 4, "context": stories.CONTEXT, "rows": rows}
 
 
 def main() -> None:

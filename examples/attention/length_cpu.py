@@ -15,13 +15,13 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import length_cpu_page
 import torch
+from processor_time import shortest_time
 from torch.nn import functional
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
@@ -60,17 +60,6 @@ def patterns(step: dict[str, Any], causal: bool) -> HeadPatterns:
     }[step["technique"]]
     settings = {"by": "head", "pattern": "fixed", "steps": "merged", **step}
     return HeadPatterns.of(page.build(settings, 0, HEADS, causal), HEADS)
-
-
-def best(call: Callable[[], Any], seconds: float) -> float:
-    """Return the shortest processor time of a call in milliseconds, of calls for about ``seconds``."""
-    call()
-    found: list[float] = []
-    while not found or (sum(found) < seconds and len(found) < 20):
-        start = time.process_time()
-        call()
-        found.append(time.process_time() - start)
-    return min(found) * 1e3
 
 
 def attention(name: str, length: int, causal: bool, training: bool) -> Callable[[], Any]:
@@ -161,7 +150,7 @@ def main() -> None:
                         if name == "sdpa" and length > args.longest_dense:
                             continue
                         row = {"kind": kind, "threads": threads, "causal": causal, "length": length, "name": name}
-                        row["ms"] = round(best(make(name, length, causal, training), args.seconds), 2)
+                        row["ms"] = round(shortest_time(make(name, length, causal, training), args.seconds), 2)
                         if kind == "layers" and threads == 1 and length == args.longest_model and not causal:
                             row["peak_mib"] = round(peak(__file__, name, str(length), str(causal)), 1)
                         results["rows"].append(row)

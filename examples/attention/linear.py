@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stories import CONTEXT, perplexity, windows
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -40,7 +41,7 @@ from hf_optim_plugins.attention._rfa_attention import rfa_attention
 PARTS = ("errors", "times", "study")
 COUNTS = (16, 64, 256, 1024, 4096)
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-CONTEXT, BATCH, RATE = 256, 4, 3e-4
+BATCH, RATE = 4, 3e-4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the study
 FEATURES = {"performer": 128, "rfa": 64}
 METHODS = (
@@ -136,28 +137,6 @@ def times(repeats: int) -> dict[str, Any]:
 
 
 # -- study ------------------------------------------------------------------------------------------------------------
-def windows(tokenizer: Any, path: Path, count: int) -> Tensor:
-    """Return stories, each after a bos token, joined and cut into windows ``[n, 256]`` of tokens."""
-    stories = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-    tokens: list[int] = []
-    for story in stories:
-        tokens += [tokenizer.bos_token_id, *tokenizer(story, add_special_tokens=False)["input_ids"]]
-        if len(tokens) >= count * CONTEXT:
-            break
-    whole = len(tokens) // CONTEXT
-    return torch.tensor(tokens[: whole * CONTEXT]).view(whole, CONTEXT)[:count]
-
-
-@torch.no_grad()
-def perplexity(model: Any, tokens: Tensor) -> float:
-    """Return the perplexity of tokens 2 to n of each window."""
-    total = 0.0
-    for part in tokens.to(model.device).split(8):
-        logits = model.eval()(part, use_cache=False).logits[:, :-1]
-        total += float(functional.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"))
-    return round(math.exp(total / (tokens.numel() - len(tokens))), 4)
-
-
 def trained(model: Any, tokens: Tensor, steps: int, seed: int) -> Any:
     """Train a model on windows of tokens with the Trainer of transformers."""
     with tempfile.TemporaryDirectory() as folder:

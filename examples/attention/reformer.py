@@ -25,6 +25,7 @@ from typing import Any
 import reformer_page
 import torch
 from patterns import sequences, train
+from processor_time import shortest_time
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -62,17 +63,6 @@ COPIED: dict[str, dict[str, Any] | None] = {
 }
 
 
-def timed(call: Callable[[], Any], seconds: float) -> float:
-    """Return the shortest processor time of a call in milliseconds, of calls for about ``seconds``."""
-    call()
-    found: list[float] = []
-    while not found or (sum(found) < seconds and len(found) < 20):
-        start = time.process_time()
-        call()
-        found.append(time.process_time() - start)
-    return min(found) * 1e3
-
-
 def attention(name: str, length: int, training: bool) -> Callable[[], Any]:
     """Return a call of causal attention over one row, with gradients if ``training``."""
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +91,7 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
     for kind, training in (("forward", False), ("with gradients", True)):
         for length in args.lengths:
             for name in ("dense", *TIMED):
-                milliseconds = round(timed(attention(name, length, training), args.seconds), 1)
+                milliseconds = round(shortest_time(attention(name, length, training), args.seconds), 1)
                 found.setdefault(kind, {}).setdefault(name, {})[str(length)] = milliseconds
                 print(kind, length, name, milliseconds, flush=True)
     return found

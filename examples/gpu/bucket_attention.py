@@ -8,13 +8,13 @@ runs on a small shape (with ``TRITON_INTERPRET=1`` on the kernels).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from sections import Sections
+from time_and_bytes import time_and_bytes
 
 from hf_optim_kernels.bucket_attention import naive, op
 from hf_optim_kernels.bucket_attention.op import Buckets
@@ -104,20 +104,8 @@ def check():
 
 def timed(call, n, backward):
     """Microseconds of a call, and the bytes that it allocates at most; or why there are none."""
-    try:
-        inputs = [drawn(n, seed=seed) for seed in range(3 if n <= 16384 else 1)]
-        run = step_of(call) if backward else lambda q, k, v, _, places: call(q, k, v, places)
-        run(*inputs[0])
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        run(*inputs[0])
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - held
-        return {"us": benchmark.graph_time([functools.partial(run, *each) for each in inputs], 9).us, "bytes": peak}
-    except Exception as problem:
-        torch.cuda.synchronize()
-        return {"failed": f"{type(problem).__name__}: {str(problem)[:150]}"}
+    run = step_of(call) if backward else lambda q, k, v, _, places: call(q, k, v, places)
+    return time_and_bytes(run, lambda: [drawn(n, seed=seed) for seed in range(3 if n <= 16384 else 1)])
 
 
 @section("times")

@@ -17,6 +17,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from sections import Sections
+from time_and_bytes import time_and_bytes
 
 from hf_optim_kernels.common import benchmark
 from hf_optim_kernels.common.support import can_run_triton
@@ -159,20 +160,8 @@ def sdpa(causal):
 
 def timed(call, n, backward):
     """Microseconds of a call, and the bytes that it allocates at most; or why there are none."""
-    try:
-        inputs = [drawn(n, seed=seed) for seed in range(3 if n <= 16384 else 1)]
-        run = step_of(call) if backward else lambda q, k, v, _: call(q, k, v)
-        run(*inputs[0])
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        run(*inputs[0])
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - held
-        return {"us": benchmark.graph_time([functools.partial(run, *each) for each in inputs], 9).us, "bytes": peak}
-    except Exception as problem:
-        torch.cuda.synchronize()
-        return {"failed": f"{type(problem).__name__}: {str(problem)[:150]}"}
+    run = step_of(call) if backward else lambda q, k, v, _: call(q, k, v)
+    return time_and_bytes(run, lambda: [drawn(n, seed=seed) for seed in range(3 if n <= 16384 else 1)])
 
 
 def exponent(times, lengths):

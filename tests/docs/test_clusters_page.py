@@ -26,9 +26,9 @@ def test_the_page_is_what_the_results_give():
 
 def test_times_are_taken_of_what_techniques_compute(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "attention"))
-    monkeypatch.delitem(sys.modules, "grids", raising=False)
+    monkeypatch.delitem(sys.modules, "stories", raising=False)
     clusters = example("clusters")
-    monkeypatch.delitem(sys.modules, "grids")
+    monkeypatch.delitem(sys.modules, "stories")
     for causal in (True, False):
         found = clusters.times(64, causal, 1)
         assert set(found) == {"full", "routing_transformer", "sinkhorn"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 
 import pytest
 from conftest import ROOT
@@ -12,6 +13,13 @@ from hf_optim.toolkit.attention import HeadPatterns, share_of_attention
 from hf_optim_plugins.attention import _axial_pattern
 
 HOME = ROOT / "model_cards" / "attention"
+
+
+@pytest.fixture(autouse=True)
+def beside_their_helpers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "attention"))
+    yield
+    sys.modules.pop("stories", None)
 
 
 def example(name):

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 
 import pytest
 from conftest import ROOT
 
 HOME = ROOT / "model_cards" / "attention"
+
+
+@pytest.fixture(autouse=True)
+def beside_their_helpers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "attention"))
+    yield
+    sys.modules.pop("stories", None)
 
 
 def example(name):
