@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...toolkit.topology.linear_layers import is_codebook_matrix, is_linear
 from ...trust.bounds import first_line
-from .kernel import NO_KERNEL, Kernel
+from .kernel import NO_KERNEL, Kernel, first_that_takes
 from .packed_linear import CHECKPOINT, PACKED_WEIGHT, KernelWarning
 
 KERNEL = "_hf_optim_kernel"
@@ -99,20 +99,12 @@ def try_kernels(module: nn.Module, kernels: Iterable[Kernel]) -> str:
     """Put a module on the first kernel that supports it; return the reason why none does, or ``""``."""
     if isinstance(module, PackedCodebookLayer):
         return ""
-    reasons = []
-    for kernel in kernels:
-        if not kernel.codebook:
-            continue
-        reason = kernel.check(module)  # type: ignore[arg-type]
-        if reason is None:
-            try:
-                pack(module, kernel)
-                return ""
-            except Exception as error:
-                reason = str(error) if isinstance(error, ValueError) else first_line(error, typed=True)
-        if reason:
-            reasons.append(f"{kernel.name}: {reason}")
-    return "; ".join(reasons) or NO_KERNEL
+    found = first_that_takes(
+        (kernel for kernel in kernels if kernel.codebook),
+        lambda kernel: kernel.check(module),
+        lambda kernel: pack(module, kernel),
+    )
+    return found or NO_KERNEL if isinstance(found, str) else ""
 
 
 @torch.no_grad()

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...toolkit.topology.experts import PACKED_SHAPES, matrix_names, matrix_shape
-from ...trust.bounds import first_line
 from ..codes import OFF_GRID, decode, group_size_of, to_unsigned
 from ..experts import PACKED_EXPERTS, SCALE, attach_expert_schemes, clear_experts, expert_schemes, is_readable
 from ..weights import Codes, InputQuantization, QuantizedExperts, QuantizedWeight
 from .describe import OFFLOADED, input_quantization, weight_kind
-from .kernel import NO_KERNEL, Kernel
+from .kernel import NO_KERNEL, Kernel, first_that_takes
 from .packed_experts import NATIVE, SIDES, ExpertPacking, PackedExperts, packed_class
 
 if TYPE_CHECKING:
@@ -85,31 +84,19 @@ def _no_matrix_codes() -> Codes:
 
 def first_experts_kernel(weight: QuantizedExperts, kernels: Iterable[Kernel]) -> Kernel | str:
     """Return the first kernel that runs experts, by their description alone, or the reasons why none does."""
-    reasons = []
-    for kernel in kernels:
-        reason = kernel.check_experts(weight)
-        if reason is None:
-            return kernel
-        if reason:
-            reasons.append(f"{kernel.name}: {reason}")
-    return "; ".join(reasons) or NO_KERNEL
+    found = first_that_takes(kernels, lambda kernel: kernel.check_experts(weight), lambda kernel: None)
+    return found or NO_KERNEL if isinstance(found, str) else found[0]
 
 
 def prepack_experts(weight: QuantizedExperts, kernels: Iterable[Kernel]) -> tuple[Kernel, nn.Module] | str:
     """Return the first kernel that runs experts with their packed weights, or the reasons why none does."""
-    reasons = []
-    for kernel in kernels:
-        reason = kernel.check_experts(weight)
-        if reason is None and kernel.prepack_experts is not None:
-            try:
-                return kernel, kernel.prepack_experts(weight)
-            except ValueError as error:
-                reason = str(error)
-            except Exception as error:
-                reason = first_line(error, typed=True)
-        if reason:
-            reasons.append(f"{kernel.name}: {reason}")
-    return "; ".join(reasons) or NO_KERNEL
+
+    def pack(kernel: Kernel) -> nn.Module:
+        assert kernel.prepack_experts is not None  # or ``check_experts`` has a reason
+        packed: nn.Module = kernel.prepack_experts(weight)
+        return packed
+
+    return first_that_takes(kernels, lambda kernel: kernel.check_experts(weight), pack) or NO_KERNEL
 
 
 def pack_stored(name: str, module: nn.Module, kernels: Iterable[Kernel]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ...trust.bounds import first_line
 from ..weights import QuantizedWeight
 
 NO_KERNEL = "no kernel handles this kind of weight"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,34 @@ class Kernel:
             return self.supports_experts(weight)
         except Exception as error:
             return first_line(error, typed=True)
+
+
+def first_that_takes(
+    kernels: Iterable[Kernel], check: Callable[[Kernel], str | None], pack: Callable[[Kernel], T]
+) -> tuple[Kernel, T] | str:
+    """Return the first kernel that takes something with what ``pack`` makes for it, or the reasons why none does.
+
+    Reasons are joined by ``;`` and empty if no kernel handles this kind of weight. An error of ``pack`` is a reason: a
+    broken kernel disables only itself.
+
+    Args:
+        kernels: in the order to try them.
+        check: returns None if a kernel takes it, else as ``Kernel.check``.
+        pack: makes the packed weight for a kernel.
+    """
+    reasons = []
+    for kernel in kernels:
+        reason = check(kernel)
+        if reason is None:
+            try:
+                return kernel, pack(kernel)
+            except ValueError as error:
+                reason = str(error)
+            except Exception as error:
+                reason = first_line(error, typed=True)
+        if reason:
+            reasons.append(f"{kernel.name}: {reason}")
+    return "; ".join(reasons)
 
 
 class KernelModule(Protocol):

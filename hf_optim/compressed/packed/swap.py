@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...trust.bounds import first_line
 from ..codes import scale_tensors, store_arguments
 from ..float4 import GLOBAL, holds_float4
 from ..quantized_forward import is_quantized_forward
 from ..weights import Codes, QuantizedWeight
-from .kernel import Kernel
+from .kernel import Kernel, first_that_takes
 from .packed_linear import PACKED_WEIGHT, PackedLinear, Packing
 
 # The parameters that the packed weight replaces; everything else of a layer stays in place.
@@ -31,40 +30,23 @@ def prepack(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel,
 
     Reasons are joined by ``;`` and empty if no kernel handles this kind of weight.
     """
-    reasons = []
-    for kernel in _in_order(weight, kernels):
-        if weight.kind == "dense" and not kernel.sparse24:
-            continue
-        reason = kernel.check(weight)
-        if reason is None:
-            try:
-                return kernel, _checked(kernel.prepack(weight))
-            except ValueError as error:
-                reason = str(error)
-            except Exception as error:
-                reason = first_line(error, typed=True)
-        if reason:
-            reasons.append(f"{kernel.name}: {reason}")
-    return "; ".join(reasons)
+    return first_that_takes(
+        _in_order(weight, kernels), lambda kernel: kernel.check(weight), lambda kernel: _checked(kernel.prepack(weight))
+    )
 
 
 def first_kernel(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> Kernel | str:
     """Return the first kernel that supports a weight, by its description alone, or the reasons why none does."""
-    reasons = []
-    for kernel in _in_order(weight, kernels):
-        if weight.kind == "dense" and not kernel.sparse24:
-            continue
-        reason = kernel.check(weight)
-        if reason is None:
-            return kernel
-        if reason:
-            reasons.append(f"{kernel.name}: {reason}")
-    return "; ".join(reasons)
+    found = first_that_takes(_in_order(weight, kernels), lambda kernel: kernel.check(weight), lambda kernel: None)
+    return found if isinstance(found, str) else found[0]
 
 
 def _in_order(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> list[Kernel]:
-    """Put the kernels specialized for a property of this weight (outliers, 2:4) before the others."""
-    kernels = list(kernels)
+    """Return the kernels to try: those specialized for a property of this weight (outliers, 2:4) before the others.
+
+    Only those for 2:4 take a weight that is not quantized.
+    """
+    kernels = [kernel for kernel in kernels if weight.kind != "dense" or kernel.sparse24]
     special = [kernel for kernel in kernels if kernel.outliers]
     plain = sorted((k for k in kernels if not k.outliers), key=lambda k: not (weight.sparse24 and k.sparse24))
     return (special if weight.outliers is not None else []) + plain
