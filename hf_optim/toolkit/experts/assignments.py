@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.swap_class import restore_class, swap_class
+from ..modules.swap_class import restore_class, subclass_of, swap_class
 from .choices import recomputing
 
 MAX_SEQUENCES = 65536
@@ -167,13 +167,7 @@ def _skipping(former: Any) -> Any:
             return former.forward(self, hidden_states, *args, **kwargs)
         return vars(self)[SKIPPER].forward(self, former, hidden_states)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _rebuild, (former,), vars(self)
-
-    body = {"forward": forward, "__reduce_ex__": reduce}
-    return type(
-        former.__name__, (former,), {**body, "__module__": former.__module__, "__qualname__": former.__qualname__}
-    )
+    return subclass_of(former, forward, _rebuild)
 
 
 def _rebuild(former: Any) -> Any:

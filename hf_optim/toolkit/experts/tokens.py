@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
-from ..modules.swap_class import restore_class, swap_class
+from ..modules.swap_class import restore_class, subclass_of, swap_class
 from . import registry
 
 TOKENS = "_hf_optim_tokens"
@@ -77,13 +77,7 @@ def _noting(former: Any) -> Any:
         )
         return former.forward(self, *args, **kwargs)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _rebuild, (former,), vars(self)
-
-    body = {"forward": forward, "__reduce_ex__": reduce}
-    return type(
-        former.__name__, (former,), {**body, "__module__": former.__module__, "__qualname__": former.__qualname__}
-    )
+    return subclass_of(former, forward, _rebuild)
 
 
 def _rebuild(former: Any) -> Any:

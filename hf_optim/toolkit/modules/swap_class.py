@@ -6,6 +6,7 @@ Parameters keep their names, so checkpoints of the model do not change.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -36,3 +37,16 @@ def restore_class(module: nn.Module) -> nn.Module:
         vars(module).pop(name, None)
     module.__class__ = former
     return module
+
+
+def subclass_of(former: Any, forward: Callable[..., Any], rebuild: Callable[[Any], Any]) -> Any:
+    """Return a subclass with another forward that has the name of its base class, and is the same to transformers.
+
+    ``rebuild`` of the base class returns an empty module of the subclass, for copies and pickles.
+    """
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return rebuild, (former,), vars(self)
+
+    own = {"__module__": former.__module__, "__qualname__": former.__qualname__}
+    return type(former.__name__, (former,), {"forward": forward, "__reduce_ex__": reduce, **own})
