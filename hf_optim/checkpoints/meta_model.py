@@ -8,8 +8,6 @@ ids) are then computed the way transformers computes them.
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +18,11 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, OptimError
 from ..runs.progress import silenced
-from ..toolkit.checkpoint.model_config import model_class
-from ..toolkit.checkpoint.placement import NewHeads, load_placed
+from ..toolkit.checkpoint.placement import NewHeads
 from ..trust.bounds import first_line
 from .hub import local_directory
 from .read_errors import readable_errors
-from .source import ModelSource
+from .source import ModelSource, place_weights
 
 
 @dataclass(frozen=True)
@@ -51,20 +48,10 @@ def build(source: ModelSource) -> MetaModel:
     Raises ``ModelError`` if there is no such model, and ``CheckpointError`` for pickles, truncated shards, and weights
     that are not those of the model (``toolkit.checkpoint.placement``); a head may be missing.
     """
-    dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     files = source.weight_files()
     try:
         with readable_errors(source.model), _quiet():
-            stock = functools.partial(
-                model_class(source.config).from_pretrained,
-                source.model,
-                config=copy.deepcopy(source.config),
-                dtype=dtype,
-                use_safetensors=True,
-                device_map={"": "meta"},
-                **source.load_kwargs,
-            )
-            model, info = load_placed(stock, source.config, files, source.model, new_heads=NewHeads.ALL)
+            model, info = place_weights(source, files, NewHeads.ALL, device_map={"": "meta"})
     except OptimError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

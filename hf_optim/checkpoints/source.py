@@ -78,24 +78,34 @@ class ModelSource:
         return pinned
 
 
+def place_weights(
+    source: ModelSource, files: tuple[Path, ...], new_heads: NewHeads, **given: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Load the model from ``files`` with the stock method, and return it with transformers' account of its tensors.
+
+    ``given`` are further arguments of the stock method. Raises as it does, and as ``load_placed``.
+    """
+    stock = functools.partial(
+        model_class(source.config).from_pretrained,
+        source.model,
+        config=copy.deepcopy(source.config),
+        dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
+        use_safetensors=True,
+        **given,
+        **source.load_kwargs,
+    )
+    return load_placed(stock, source.config, files, source.model, new_heads=new_heads)
+
+
 def load_model(source: ModelSource, new_heads: NewHeads = NewHeads.NONE) -> Any:
     """Load the model, in evaluation mode; ``new_heads`` are the heads that the checkpoint may lack.
 
     Raises ``ModelError`` if it cannot be loaded, and ``CheckpointError`` if the weights are not those of the model.
     """
-    dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     files = source.weight_files()
     try:
         with readable_errors(source.model), stage(name_of_load(source.model)):
-            stock = functools.partial(
-                model_class(source.config).from_pretrained,
-                source.model,
-                config=copy.deepcopy(source.config),
-                dtype=dtype,
-                use_safetensors=True,
-                **source.load_kwargs,
-            )
-            model, _ = load_placed(stock, source.config, files, source.model, new_heads=new_heads)
+            model, _ = place_weights(source, files, new_heads)
     except OptimError:
         raise
     except (OSError, ValueError) as error:
