@@ -9,9 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from hf_optim.toolkit.modules import ThreadValue
-from hf_optim_plugins.moe._inlet_layers import Inlet
-from hf_optim_plugins.sparsity._sparse_ffn_modules import SparseInlet
+from hf_optim.toolkit.modules import Inlet, ThreadValue
 from hf_optim_plugins.sparsity._sparse_qkv_modules import Handed
 
 
@@ -20,14 +18,9 @@ def elsewhere(function, *args):
         return pool.submit(function, *args).result()
 
 
-def inlet_of_experts():
-    inlet = Inlet(True)
-    return inlet, inlet.take
-
-
-def sparse_inlet():
-    inlet = SparseInlet(True)
-    return inlet, inlet.kept.take
+def inlet():
+    module = Inlet(True)
+    return module, module.take
 
 
 def handed():
@@ -35,7 +28,7 @@ def handed():
     return module.held.leave, lambda: module(torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("make", [inlet_of_experts, sparse_inlet, handed])
+@pytest.mark.parametrize("make", [inlet, handed])
 def test_a_thread_takes_what_it_left_itself(make):
     leave, take = make()
     mine, theirs = torch.ones(1, 2), torch.zeros(1, 2)
@@ -60,12 +53,12 @@ def test_a_value_is_taken_once_and_no_copy_has_it():
 
 
 def test_it_is_traced_as_one_graph():
-    inlet = SparseInlet(True)
+    module = Inlet(True)
 
     def forward(x):
-        nothing = inlet(x)
-        return inlet.kept.take() * 2 + nothing.sum()
+        nothing = module(x)
+        return module.take() * 2 + nothing.sum()
 
     x = torch.ones(2, 3)
     assert torch.equal(torch.compile(forward, backend="eager", fullgraph=True)(x), 2 * x)
-    assert inlet.kept.is_empty()
+    assert module.kept.is_empty()

@@ -16,17 +16,30 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
+def names_in(model: nn.Module, name: str) -> tuple[str, str, str]:
+    """Return the names that a module may have in a model, given that in it or with another head or without one."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
 def resolve_module_name(model: nn.Module, name: str) -> str | None:
     """Return the name of a module in ``model``, given its name in that model with another head or without a head.
 
     Returns None if the model has no such module.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = dict(model.named_modules())
-    for candidate in (name, prefix + name, name.removeprefix(prefix)):
-        if candidate in modules:
-            return candidate
-    return None
+    return next((each for each in names_in(model, name) if each in modules), None)
+
+
+class ByEitherName:
+    """The modules that a model has now, by their names in it or in the same model with another head or without one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.modules = model, dict(model.named_modules())
+
+    def __getitem__(self, name: str) -> nn.Module | None:
+        names = names_in(self.model, name)
+        return next((self.modules[each] for each in names if each in self.modules), None)
 
 
 class ReplacedModules:

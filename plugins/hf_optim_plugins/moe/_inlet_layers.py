@@ -19,28 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, ThreadValue, grouped_where_it_fits
-
-
-class Inlet(nn.Module):
-    """Takes the place of a projection of the input: keeps it for the ``WholeLayer`` and returns ``[..., 0]``."""
-
-    def __init__(self, keeps: bool) -> None:
-        super().__init__()
-        self.keeps = keeps
-        self.kept = ThreadValue()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.keeps:
-            self.kept.leave(x)
-        return x[..., :0]
-
-    def take(self) -> Tensor:
-        """Return what was kept, and release it. Raises ``RuntimeError`` if there is nothing."""
-        x = self.kept.take()
-        if x is None:
-            raise RuntimeError("the feed-forward layer was called without its first projection")
-        return x
+from hf_optim.toolkit.modules import ByEitherName, CodedExperts, Inlet, ReplacedModules, grouped_where_it_fits
 
 
 @grouped_where_it_fits
@@ -154,15 +133,15 @@ class FeedForwardModules(CodedExperts, ReplacedModules):
         asked, config._experts_implementation = config._experts_implementation, "eager"
         super().__init__(config, *inputs, **kwargs)
         choose_implementation(self, asked)
-        own = dict(self.named_modules())  # type: ignore[attr-defined]
-        prefix = f"{getattr(self, 'base_model_prefix', '')}."
+        modules = ByEitherName(self)  # type: ignore[arg-type]
         settings = getattr(config, self.replaced_field, None) or {}
         for name, entry in settings.get("modules", {}).items():
-            for down in (name, prefix + name, name.removeprefix(prefix)):
-                if isinstance(own.get(down), WholeLayer):
-                    inlet = entry["inlets"][0]
-                    beside = (inlet, prefix + inlet, inlet.removeprefix(prefix))
-                    connect(own[down], next(own[up] for up in beside if isinstance(own.get(up), Inlet)))
+            layer = modules[name]
+            if isinstance(layer, WholeLayer):
+                inlet = modules[entry["inlets"][0]]
+                if not isinstance(inlet, Inlet):
+                    raise ValueError(f"config.{self.replaced_field}: the first projection of {name} is no inlet")
+                connect(layer, inlet)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits, read_own_loss, watch_own_loss
+from hf_optim.toolkit.modules import MixturesInDense, grouped_where_it_fits, read_own_loss, watch_own_loss
 
 
 def is_known(values: Tensor) -> bool:
@@ -183,7 +183,7 @@ def noting_tasks(former: Callable[..., Any]) -> Callable[..., Any]:
     return generate
 
 
-class TaskModel(CodedExperts, ReplacedModules):
+class TaskModel(MixturesInDense):
     """Base of a model class whose feed-forward parts named in ``config.task_moe`` are mixtures.
 
     ``forward`` and ``generate`` take ``task_ids``, int64 ``[B]``: the number of the task of each sequence in
@@ -210,22 +210,6 @@ class TaskModel(CodedExperts, ReplacedModules):
     def replacement(self, module: nn.Module, entry: Any, field: dict[str, Any]) -> nn.Module:
         settings = {key: value for key, value in field.items() if key != "modules"}
         return TaskMixture(self.config, settings, entry["hidden"], entry["inner"])  # type: ignore[attr-defined]
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in the source of a class, and inherits the answer for the dense class.
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Return the implementation of the experts; by default that of this file."""
-        return super().get_correct_experts_implementation(requested_experts or "eager")  # type: ignore[misc]
-
-    def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
-        requested = config._experts_implementation
-        config._experts_implementation = "eager"  # the dense classes inside refuse others
-        super().__init__(config, *inputs, **kwargs)
-        if requested is not None:
-            self.set_experts_implementation(requested)  # type: ignore[attr-defined]
 
     def capacity_problem(self, priority: str) -> str:
         """Return why a capacity does not apply to experts that are chosen by task, or ``""``."""

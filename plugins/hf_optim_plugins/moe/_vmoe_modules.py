@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from hf_optim.toolkit.experts import capacity, slot_positions
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits, read_own_loss, watch_own_loss
+from hf_optim.toolkit.modules import MixturesInDense, grouped_where_it_fits, read_own_loss, watch_own_loss
 
 
 def squared_variation(values: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class MixtureModel(CodedExperts, ReplacedModules):
+class MixtureModel(MixturesInDense):
     """Base of a model class whose feed-forward parts named in ``config.vmoe`` are mixtures.
 
     In training the losses of the routers are part of the loss that the model returns for labels. Where a loss is
@@ -204,13 +204,6 @@ class MixtureModel(CodedExperts, ReplacedModules):
     """
 
     replaced_field = "vmoe"
-
-    def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
-        requested = config._experts_implementation
-        config._experts_implementation = "eager"  # the dense classes inside refuse others
-        super().__init__(config, *inputs, **kwargs)
-        if requested is not None:
-            self.set_experts_implementation(requested)  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         field = getattr(self.config, self.replaced_field, None) or {}  # type: ignore[attr-defined]
@@ -221,15 +214,6 @@ class MixtureModel(CodedExperts, ReplacedModules):
     def replacement(self, module: nn.Module, entry: Any, field: dict[str, Any]) -> nn.Module:
         settings = {key: value for key, value in field.items() if key != "modules"}
         return Mixture(self.config, settings, entry["hidden"], entry["inner"])  # type: ignore[attr-defined]
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in the source of a class, and inherits the answer for the dense class.
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Return the implementation of the experts; by default that of this file."""
-        return super().get_correct_experts_implementation(requested_experts or "eager")  # type: ignore[misc]
 
     def capacity_problem(self, priority: str) -> str:
         """Return why no other capacity applies to the experts."""

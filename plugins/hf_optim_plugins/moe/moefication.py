@@ -33,6 +33,7 @@ from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skel
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import (
     coded_experts,
+    feed_forward_inlets,
     grouped_experts,
     main_output,
     replace,
@@ -104,7 +105,9 @@ class Moefication(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="moefication",
-        source=joined(coded_experts, grouped_experts, replace, thread_values, _inlet_layers, _moefied_layers),
+        source=joined(
+            coded_experts, grouped_experts, replace, thread_values, feed_forward_inlets, _inlet_layers, _moefied_layers
+        ),
         field=_moefied_layers.MoefiedModules.replaced_field,
         model_base=_moefied_layers.MoefiedModules.__name__,
     )

@@ -31,6 +31,7 @@ from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skel
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import (
     coded_experts,
+    feed_forward_inlets,
     grouped_experts,
     main_output,
     replace,
@@ -95,7 +96,9 @@ class PRMoE(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="pr_moe",
-        source=joined(coded_experts, grouped_experts, replace, thread_values, _inlet_layers, _residual_layers),
+        source=joined(
+            coded_experts, grouped_experts, replace, thread_values, feed_forward_inlets, _inlet_layers, _residual_layers
+        ),
         field=_residual_layers.ResidualModules.replaced_field,
         model_base=_residual_layers.ResidualModules.__name__,
     )

@@ -43,7 +43,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, stock_class
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import coded_experts, grouped_experts, own_loss, replace, transplant
+from hf_optim.toolkit.modules import coded_experts, grouped_experts, mixtures_in_dense, own_loss, replace, transplant
 
 from . import _task_moe_modules
 
@@ -96,7 +96,7 @@ class TaskMoE(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="task_moe",
-        source=joined(coded_experts, grouped_experts, own_loss, replace, _task_moe_modules),
+        source=joined(coded_experts, grouped_experts, own_loss, replace, mixtures_in_dense, _task_moe_modules),
         field=FIELD,
         model_base=_task_moe_modules.TaskModel.__name__,
     )

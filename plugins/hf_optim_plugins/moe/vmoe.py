@@ -48,7 +48,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, stock_class
 from hf_optim.toolkit import experts
-from hf_optim.toolkit.modules import coded_experts, grouped_experts, own_loss, replace
+from hf_optim.toolkit.modules import coded_experts, grouped_experts, mixtures_in_dense, own_loss, replace
 
 from . import _vmoe_modules
 
@@ -60,7 +60,7 @@ STACKS = {"up_proj": f"{UP}.weight", "down_proj": f"{DOWN}.weight"}
 def code_of_toolkit() -> list[Any]:
     """Return the modules of the toolkit that travel with a checkpoint, in the order of their imports."""
     found = (inspect.getmodule(part) for part in (experts.capacity, experts.slot_positions))
-    return [coded_experts, grouped_experts, own_loss, replace, *found]
+    return [coded_experts, grouped_experts, own_loss, replace, mixtures_in_dense, *found]
 
 
 @technique(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from hf_optim.toolkit.modules import ReplacedModules, ThreadValue
+from hf_optim.toolkit.modules import ByEitherName, Inlet, ReplacedModules
 
 from ._sparse_ffn_codes import decode_rows, encode_rows
 from ._sparse_ffn_kernel import by_kernel
@@ -289,20 +289,6 @@ def gathered_tokens(block: int) -> int:
     return min(MOST_GATHERED, block) if block > 1 else 0
 
 
-class SparseInlet(nn.Module):
-    """Takes the place of a projection of the input: keeps it for the ``PlacedSparseFFN`` and returns ``[..., 0]``."""
-
-    def __init__(self, keeps: bool) -> None:
-        super().__init__()
-        self.keeps = keeps
-        self.kept = ThreadValue()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.keeps:
-            self.kept.leave(x)
-        return x[..., :0]
-
-
 class PlacedSparseFFN(SparseFFN):
     """A ``SparseFFN`` in the place of a model's last projection, whose input the first projection's inlet keeps.
 
@@ -312,30 +298,16 @@ class PlacedSparseFFN(SparseFFN):
 
     def __init__(self, entry: dict[str, Any], about: dict[str, Any] | None = None) -> None:
         super().__init__(entry, about)
-        self.inlet: list[SparseInlet] = []  # in a list, so that it is not registered twice
+        self.inlet: list[Inlet] = []  # in a list, so that it is not registered twice
 
     def forward(self, nothing: Tensor) -> Tensor:
         """Return ``[..., out]`` for the input ``[..., in]`` that the inlet keeps; ``nothing`` is ``[..., 0]``."""
-        x = self.inlet[0].kept.take()
-        if x is None:
-            raise RuntimeError("the feed-forward layer was called without its first projection")
-        return super().forward(x)
+        return super().forward(self.inlet[0].take())
 
 
-def connect_sparse_ffn(layer: PlacedSparseFFN, inlet: SparseInlet) -> None:
+def connect_sparse_ffn(layer: PlacedSparseFFN, inlet: Inlet) -> None:
     """Give a feed-forward layer its input."""
     layer.inlet[:] = [inlet]
-
-
-class _ByEitherName:
-    """The modules of a model by their names in it, or in the same model with another head or without one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules, self.prefix = dict(model.named_modules()), f"{getattr(model, 'base_model_prefix', '')}."
-
-    def __getitem__(self, name: str) -> nn.Module | None:
-        names = (name, self.prefix + name, name.removeprefix(self.prefix))
-        return next((self.modules[each] for each in names if each in self.modules), None)
 
 
 class SparseFFNModules(ReplacedModules):
@@ -347,12 +319,12 @@ class SparseFFNModules(ReplacedModules):
         super().__init__(config, *inputs, **kwargs)
         for entry, layer, modules in self._sparse_layers():
             inlet = modules[entry["inlets"][0]]
-            if isinstance(inlet, SparseInlet):
+            if isinstance(inlet, Inlet):
                 connect_sparse_ffn(layer, inlet)
 
-    def _sparse_layers(self) -> Iterator[tuple[dict[str, Any], PlacedSparseFFN, _ByEitherName]]:
+    def _sparse_layers(self) -> Iterator[tuple[dict[str, Any], PlacedSparseFFN, ByEitherName]]:
         """Yield the entry of each sparse layer, the layer, and the modules by their names in the configuration."""
-        modules = _ByEitherName(self)  # type: ignore[arg-type]
+        modules = ByEitherName(self)  # type: ignore[arg-type]
         field = getattr(self.config, self.replaced_field, None) or {}  # type: ignore[attr-defined]
         for name, entry in field.get("modules", {}).items():
             layer = modules[name]
@@ -361,7 +333,7 @@ class SparseFFNModules(ReplacedModules):
 
     def replacement(self, module: nn.Module, entry: Any, field: dict[str, Any]) -> nn.Module:
         if "block" not in entry:
-            return SparseInlet(entry["keeps"])
+            return Inlet(entry["keeps"])
         weight: Any = module.weight
         return PlacedSparseFFN(entry, {"dtype": weight.dtype, "device": weight.device})
 

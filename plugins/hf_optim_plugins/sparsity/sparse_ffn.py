@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, require_own_code
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import main_output, replace, rounding_tolerance, thread_values
+from hf_optim.toolkit.modules import feed_forward_inlets, main_output, replace, rounding_tolerance, thread_values
 from hf_optim.toolkit.statistics import sample_feed_forwards
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, weight_out_in
 
@@ -102,7 +102,9 @@ class SparseFFN(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="sparse_ffn",
-        source=joined(replace, thread_values, _sparse_ffn_codes, _sparse_ffn_kernel, _sparse_ffn_modules),
+        source=joined(
+            replace, thread_values, feed_forward_inlets, _sparse_ffn_codes, _sparse_ffn_kernel, _sparse_ffn_modules
+        ),
         field=_sparse_ffn_modules.SparseFFNModules.replaced_field,
         model_base=_sparse_ffn_modules.SparseFFNModules.__name__,
     )
@@ -251,7 +253,7 @@ class SparseFFN(Technique):
                 run.masks.pop(f"{name}.weight", None)
                 run.nm_patterns.pop(f"{name}.weight", None)
             for name in layer.producers:
-                inlet = code.SparseInlet(inlets[name]["keeps"]).train(last.training)
+                inlet = code.Inlet(inlets[name]["keeps"]).train(last.training)
                 replace.replace_module(model, name, inlet)
                 if inlet.keeps:
                     code.connect_sparse_ffn(ffn, inlet)

@@ -52,8 +52,8 @@ from hf_optim.toolkit.attention import (
     require_on_interface,
     require_self_attention,
 )
+from hf_optim.toolkit.modules import feed_forward_inlets, thread_values
 from hf_optim.toolkit.modules import replace as replaced_modules
-from hf_optim.toolkit.modules import thread_values
 
 from . import (
     _held_parts,
@@ -136,6 +136,7 @@ class Terraformer(Technique):
             *LSH_PAGES,
             replaced_modules,
             thread_values,
+            feed_forward_inlets,
             _held_parts,
             _sparse_ffn_codes,
             _sparse_ffn_kernel,
