@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from hf_optim.evaluation.cards.plots import COLOURS
 
-POSITION, PRIORITY, SCALED = "by position", "by priority", "by priority, renormalized"
+POSITION, PRIORITY = "by position", "by priority"
 CLEARLY = 0.02
 """Nats per token: a smaller difference is not called one."""
 

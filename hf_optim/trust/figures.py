@@ -25,11 +25,6 @@ def format_bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def format_ms(milliseconds: float) -> str:
-    """Return milliseconds: ``4.63 ms``."""
-    return f"{milliseconds:,.2f} ms"
-
-
 def format_seconds(seconds: float) -> str:
     """Return a duration given in seconds: ``0.3 s``, ``12.3 s``, ``4 min 5 s``, ``2 h 10 min``."""
     if seconds < 60:

@@ -19,7 +19,6 @@ from ...recipes.contract import Reload
 from ...recipes.traits import MOE, QUANTIZED, SPARSE, SPARSE_NM, Trait
 from ...runs.record import Record
 from ...trust.documents import read_json
-from ..reported import is_number
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -90,12 +89,6 @@ class Result:
         """True if its ``config.json`` states a capacity of experts, which stock transformers does not read."""
         held = (self.config or {}).get("hf_optim")
         return isinstance(held, Mapping) and held.get("routing") is not None
-
-    @property
-    def is_smaller(self) -> bool:
-        """True if its weights take fewer bytes on disk than the original's, as measured."""
-        before, after = (self.record.measured.get(side, {}).get("bytes_on_disk") for side in ("before", "after"))
-        return is_number(before) and is_number(after) and after < before
 
     def model_class(self) -> str:
         """Return the class that loads it, from its ``config.json`` or else that of the base model."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
 from torch import Tensor
 
@@ -21,20 +20,6 @@ from .layout import BLOCK
 from .pattern import Pattern
 from .rows import Apart, Rows
 from .terms import Band
-
-
-class RampBias(Protocol):
-    """A bias that is the logarithm of a ramp, which a kernel can compute from three numbers of a head."""
-
-    def __call__(self, distance: Tensor, heads: Tensor | None) -> Tensor:
-        """Return what is added to scores: see ``DistanceBias``."""
-
-    def ramp(self) -> Tensor:
-        """Return reach, slope and limit of each head, float32 ``[H, 3]``, differentiable.
-
-        A key x tokens away counts ``min((reach - x) slope, 1)`` times, and not at all where that is not above 0, or
-        from the limit on.
-        """
 
 
 def nearest_keys(counts: Sequence[int], causal: bool) -> HeadPatterns:
@@ -74,7 +59,10 @@ def attend_biased(
         key, value: ``[B, G, M, D]``; M = N, or more if the first keys come from a cache.
         counts: how many nearest keys each head can see at most, the query among them; the bias is -inf beyond.
         unbiased: of how many nearest keys the bias of each head is zero.
-        bias: by the distance of positions; None: each head sees its ``counts`` nearest keys.
+        bias: by the distance of positions; None: each head sees its ``counts`` nearest keys. One that is the logarithm
+            of a ramp, which a kernel computes from three numbers of a head, has a method ``ramp`` that returns reach,
+            slope and limit of each head, float32 ``[H, 3]``, differentiable: a key x tokens away counts
+            ``min((reach - x) slope, 1)`` times, and not at all where that is not above 0, or from the limit on.
         causal: keys behind a query are not seen.
         scale: of the scores.
         rows: padding and documents; None if each row is one whole document.

@@ -110,11 +110,6 @@ def _keeping_mean(rotation: Tensor) -> Tensor:
     return rotation - 2 * torch.outer(rotation @ axis, axis) / size
 
 
-def is_hadamard_width(width: int) -> bool:
-    """Return True if ``random_rotation`` of this width is a Hadamard matrix."""
-    return hadamard_matrix(width) is not None
-
-
 def cayley_step(rotation: Tensor, gradient: Tensor, rate: float, momentum: Tensor, keeps_mean: bool) -> Tensor:
     """Move a rotation against the gradient along the manifold of orthogonal matrices, and return it.
 

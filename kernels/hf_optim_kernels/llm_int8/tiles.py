@@ -15,7 +15,6 @@ from ..common import tuning
 from ..w8a8 import tiles as w8a8
 from ..w8a8.tiles import MOST_DECODE_ROWS
 
-_DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")
 _GEMM = (
     "KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "FLATTEN", "PREPARED", "num_warps", "num_stages", "PARTS",
 )  # fmt: skip

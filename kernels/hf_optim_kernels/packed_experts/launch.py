@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ..common.compute_type import compute_constants
 from ..common.launch import is_aligned, launch
-from ..common.splitk import new_semaphores
 from ..experts import op as pair_lists
 from ..experts.naive import Route
 from ..wna16 import float4
 from ..wna16.naive import slice_columns, slices_per_scale
-from .base import SEMAPHORES
 from .kernel import _combine_kernel, _down_kernel, _pairs_kernel
 from .naive import FLOAT8, StackedWeight, pairs_per_row
 
@@ -25,11 +23,6 @@ from .naive import FLOAT8, StackedWeight, pairs_per_row
 MOST_SINGLE_PAIRS, MOST_SINGLE_SHARE = 32, 4
 # Programs that keep the memory of an H200 busy.
 WANTED_PROGRAMS = 360
-
-
-def semaphores(device: torch.device) -> Tensor:
-    """Return the split-k semaphores of a module of experts; a launch leaves them zero."""
-    return new_semaphores(SEMAPHORES, device)
 
 
 def unsupported_reason(weight: Any) -> str | None:

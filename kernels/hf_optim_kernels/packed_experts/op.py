@@ -63,7 +63,7 @@ def packed_experts(
     Args:
         hidden: [T, d], float16, bfloat16 or float32.
         experts, weights: [T, k].
-        counters: the split-k semaphores, int32, made by ``launch.semaphores``; zeros before and after.
+        counters: the split-k semaphores, int32, ``base.SEMAPHORES`` of them; zeros before and after.
         up_packed, down_packed and the others: see ``naive.StackedWeight``.
     """
     inner = up_scale.shape[2] // 2

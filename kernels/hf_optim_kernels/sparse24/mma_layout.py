@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .groups24 import places as places_of
 
-ROWS, COLUMNS, LANES = 16, 128, 32
+ROWS, COLUMNS = 16, 128
 # The 2:4 group of 32 columns that an instruction reads as its group f.
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
@@ -175,8 +175,3 @@ def stop_loss(
     log_q = log_probabilities(stop_logits(exits, states, inputs), exits.settings.law)
     each = classifier_loss(log_q, target)
     return (each * counted).sum() / counted.sum().clamp_min(1)
-
-
-def parameters_by_name(exits: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of exits by name."""
-    return dict(exits.named_parameters())

@@ -13,7 +13,6 @@ from hf_optim.toolkit.modules import eval_mode, rounding_tolerance, transplant
 from hf_optim.toolkit.topology import dummy_inputs
 
 TYPE = "longformer"
-OWN = ("query", "key", "value")
 ATTENTION = re.compile(r"attention\.self\.(query|key|value)\.(weight|bias)$")
 POSITIONS = "embeddings.position_embeddings.weight"
 

@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from hf_optim import Card
 
 EVERY = "all inputs"
-Sites = dict[str, tuple[str, ...]]
 Scales = dict[str, tuple[Tensor, Tensor]]
 
 
