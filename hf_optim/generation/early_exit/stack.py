@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from ...errors import ModelError
 from ...toolkit.compat import CACHE
 from ...toolkit.exits import ExitHeads, ExitSettings, attach_stored_exits, exits_of, stored_settings, view
+from ...toolkit.modules import relative_difference
 from .. import sessions
 from .settings import EarlyExit
 
@@ -340,4 +341,4 @@ def _is_query(name: str, module: nn.Module) -> bool:
 
 
 def _gap(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
+    return relative_difference(found.double(), expected.double())

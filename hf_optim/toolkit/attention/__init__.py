@@ -1,6 +1,6 @@
 """Sparse attention: patterns as data, and everything that follows from one."""
 
-from ..modules import mixed, mixed_classes, remote_code_guard, reversible
+from ..modules import mixed, mixed_classes, relative_difference, remote_code_guard, reversible
 from . import (
     attachment,
     attend,
@@ -85,7 +85,7 @@ from .proof import (
     require_on_interface,
     require_self_attention,
 )
-from .reach import attends_to_the_far_end, hidden_states, is_causal, perturbed, relative_difference
+from .reach import attends_to_the_far_end, hidden_states, is_causal, perturbed
 from .reversible_layers import (
     ReversibleLayer,
     add_streams,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import ModelError
-from ..modules import rounding_tolerance
+from ..modules import relative_difference, rounding_tolerance
 from ..topology import NoInputsError, dummy_inputs
 from .attachment import FIELD, Attachment
 from .pattern import Pattern
-from .reach import attends_to_the_far_end, hidden_states, is_causal, relative_difference
+from .reach import attends_to_the_far_end, hidden_states, is_causal
 from .rows import SEGMENTS
 from .terms import Band, Term
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..modules import eval_mode
+from ..modules import eval_mode, relative_difference
 
 
 def hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -29,12 +29,6 @@ def perturbed(inputs: dict[str, Tensor], position: int) -> dict[str, Tensor]:
     else:
         value[:, position] = value[:, 1]
     return {**inputs, name: value}
-
-
-def relative_difference(values: Tensor, reference: Tensor) -> float:
-    """Return the largest difference, relative to the largest value of ``reference``."""
-    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
-    return float((values - reference).abs().max() / scale)
 
 
 def attends_to_the_far_end(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import ModelError
-from ..modules import rounding_tolerance
-from .reach import hidden_states, relative_difference
+from ..modules import relative_difference, rounding_tolerance
+from .reach import hidden_states
 from .reversible_layers import arguments_of, branch_of, layers_with
 
 # Names, in a layer, of its norm, attention, second norm and feed-forward layer.

@@ -16,7 +16,7 @@ from . import (
 )
 from .captured_forward import CapturedForward, captured
 from .coded_experts import CodedExperts
-from .compare import main_output, output_difference, rounding_tolerance
+from .compare import main_output, output_difference, relative_difference, rounding_tolerance
 from .feed_forward_inlets import Inlet
 from .grouped_experts import grouped_where_it_fits
 from .mixed_classes import mixed
@@ -60,6 +60,7 @@ __all__ = [
     "read_own_loss",
     "read_tied_blocks",
     "recall",
+    "relative_difference",
     "remote_code_guard",
     "replace",
     "reversible",

@@ -23,6 +23,12 @@ def main_output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     return (logits if logits is not None else outputs[0]).double()
 
 
+def relative_difference(values: Tensor, reference: Tensor) -> float:
+    """Return the largest difference, relative to the largest value of ``reference``."""
+    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
+    return float((values - reference).abs().max() / scale)
+
+
 def output_difference(first: PreTrainedModel, second: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
     """Return the largest difference between the outputs of two models, relative to the largest output of the first.
 
@@ -34,8 +40,7 @@ def output_difference(first: PreTrainedModel, second: PreTrainedModel, inputs: M
             f"the output of {type(first).__name__} has shape {tuple(one.shape)}, that of {type(second).__name__} "
             f"{tuple(two.shape)}"
         )
-    gap = (one - two).abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
-    return float(gap)
+    return relative_difference(two, one)
 
 
 def rounding_tolerance(model: PreTrainedModel) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import ModelError
-from ..modules.compare import rounding_tolerance
+from ..modules.compare import relative_difference, rounding_tolerance
 from ..modules.modes import eval_mode
 from .fake_inputs import dummy_inputs
 from .graph import iter_tensors
@@ -48,7 +48,7 @@ def permute_residual_(model: PreTrainedModel, order: Tensor, residual: ResidualS
     inputs = dummy_inputs(model)
     before = _output(model, inputs)
     _reorder_(model, residual, order)
-    gap = float((_output(model, inputs) - before).abs().max() / before.abs().max().clamp_min(1e-30))
+    gap = relative_difference(_output(model, inputs), before)
     if not gap <= rounding_tolerance(model):
         _reorder_(model, residual, order.argsort())
         raise ModelError(

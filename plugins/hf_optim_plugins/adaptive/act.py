@@ -46,6 +46,7 @@ from hf_optim.toolkit.modules import (
     main_output,
     mixed_classes,
     own_loss,
+    relative_difference,
     remote_code_guard,
     rounding_tolerance,
     tied_blocks,
@@ -223,7 +224,7 @@ def _prove(model: PreTrainedModel, inputs: dict[str, Any], expected: Any, label:
     unit: Any = next(module.halting_unit for module in model.modules() if "halting_unit" in module._modules)
     state = {name: value.clone() for name, value in unit.state_dict().items()}
     unit.bias.fill_(-float("inf"))
-    gaps = [_gap(main_output(model, inputs), expected)]
+    gaps = [relative_difference(main_output(model, inputs), expected)]
     rows = {name: _rows(value) for name, value in inputs.items()}
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(unit.weight.shape, generator=generator, dtype=torch.float64)
@@ -239,7 +240,7 @@ def _prove(model: PreTrainedModel, inputs: dict[str, Any], expected: Any, label:
         with eval_mode(model):
             outputs.append(model.base_model(**rows)[0].double())
     passage.whole = False
-    gaps.append(_gap(outputs[1], outputs[0]))
+    gaps.append(relative_difference(outputs[1], outputs[0]))
     unit.load_state_dict(state)
     passage.pondered = None
     if not max(gaps) <= rounding_tolerance(model):
@@ -247,10 +248,6 @@ def _prove(model: PreTrainedModel, inputs: dict[str, Any], expected: Any, label:
             f"{label}: halting changes more in {type(model).__name__} than which steps its tokens take (relative "
             f"differences {gaps[0]:.1e} and {gaps[1]:.1e}); this architecture is not supported"
         )
-
-
-def _gap(found: Any, expected: Any) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:

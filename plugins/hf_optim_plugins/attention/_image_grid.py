@@ -7,11 +7,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import ModelError
-from hf_optim.toolkit.attention import Band
+from hf_optim.toolkit.attention import Band, hidden_states
+from hf_optim.toolkit.modules import relative_difference
 
 from ._attach import probe
 from ._axial_pattern import patch_convolution
-from ._probing import hidden_states, relative_difference
 
 
 def configured_grid(config: PretrainedConfig) -> tuple[int, int] | None:

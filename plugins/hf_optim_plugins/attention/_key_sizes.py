@@ -6,10 +6,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_optim import ModelError
-from hf_optim.toolkit.attention import Band
+from hf_optim.toolkit.attention import Band, hidden_states
 
 from ._attach import probe
-from ._probing import hidden_states
 
 
 def key_sizes(

@@ -20,13 +20,13 @@ from hf_optim.toolkit.attention import (
     LearnedModel,
     add_parts,
     attentions,
+    hidden_states,
     number_layers,
 )
 from hf_optim.toolkit.topology import dummy_inputs
 
 from ._attach import context_length, prove, require_interface, require_self_attention
 from ._key_sizes import key_sizes
-from ._probing import hidden_states
 
 
 def learned_code(name: str, pages: tuple[ModuleType, ...], config_base: str, model_base: str = "") -> RemoteCode:

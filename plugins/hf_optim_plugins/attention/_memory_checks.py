@@ -9,13 +9,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import ModelError
-from hf_optim.toolkit.attention import Band
-from hf_optim.toolkit.modules import eval_mode
+from hf_optim.toolkit.attention import Band, hidden_states, is_causal
+from hf_optim.toolkit.modules import eval_mode, relative_difference
 from hf_optim.toolkit.topology import dummy_inputs
 
 from ._attach import probe
 from ._position_tables import find_table
-from ._probing import hidden_states, is_causal, relative_difference
 
 BY_LENGTH = ("dynamic", "longrope")  # rotations whose frequencies change with the length of the text
 

@@ -11,8 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_optim import ModelError
-
-from ._probing import hidden_states
+from hf_optim.toolkit.attention import hidden_states
 
 TOKENS = 8  # of the text with which a table is found
 

@@ -31,13 +31,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import Card, Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
-from hf_optim.toolkit.attention import FIELD, STORED, number_layers
+from hf_optim.toolkit.attention import FIELD, STORED, hidden_states, number_layers
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _compressed_attention, _compressed_cache, _compressed_model, _compressed_terms, _key_compression
 from ._attach import context_length, prove, require_interface, require_self_attention
 from ._key_sizes import key_sizes
-from ._probing import hidden_states
 
 
 @technique(

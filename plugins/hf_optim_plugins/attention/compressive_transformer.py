@@ -54,14 +54,13 @@ from hf_optim import (
     traits,
 )
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
-from hf_optim.toolkit.attention import FIELD, STORED
-from hf_optim.toolkit.modules import own_loss, rounding_tolerance
+from hf_optim.toolkit.attention import FIELD, STORED, hidden_states
+from hf_optim.toolkit.modules import own_loss, relative_difference, rounding_tolerance
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _compression, _compressive_cache, _compressive_model, _position_bound, _segment_walk
 from ._attach import context_length, prove, require_interface, require_self_attention
 from ._memory_checks import require_decoder, require_rotation, table_of
-from ._probing import hidden_states, relative_difference
 
 WHAT = "a memory of earlier segments"
 

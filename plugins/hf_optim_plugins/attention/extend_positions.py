@@ -25,9 +25,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import Card, Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique
+from hf_optim.toolkit.attention import hidden_states
 
 from ._position_tables import copied, extend, find_table, interpolated
-from ._probing import hidden_states
 from ._rotary_scaling import METHODS, rescale, rotary_parameters, scaled
 
 LONGEST = 2**24

@@ -33,13 +33,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode
-from hf_optim.toolkit.attention import FIELD
-from hf_optim.toolkit.modules import rounding_tolerance, transplant
+from hf_optim.toolkit.attention import FIELD, attends_to_the_far_end, hidden_states, is_causal
+from hf_optim.toolkit.modules import relative_difference, rounding_tolerance, transplant
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
 from . import _local_pattern
 from ._attach import attach, remote_code_of
-from ._probing import attends_to_the_far_end, hidden_states, is_causal, relative_difference
 
 # Model types whose class, given a window, is that of another model type; and given windows in some layers only.
 WITH_WINDOW = {"llama": "mistral"}

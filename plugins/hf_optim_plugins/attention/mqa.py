@@ -38,7 +38,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, joined
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import main_output, remote_code_guard, replace, rounding_tolerance
+from hf_optim.toolkit.modules import main_output, relative_difference, remote_code_guard, replace, rounding_tolerance
 from hf_optim.toolkit.topology import KeyValueHeads, NoInputsError, dummy_inputs
 
 from . import _grouped_heads, _head_record
@@ -175,7 +175,7 @@ class Mqa(Technique):
     ) -> None:
         """Raise ``ModelError`` unless the model computes ``expected``, and a cache of it holds ``kv_heads`` heads."""
         found = main_output(made, dummy_inputs(made))
-        gap = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        gap = relative_difference(found, expected)
         if not gap <= rounding_tolerance(made):
             raise ModelError(
                 f"{label}: {type(made).__name__} with {self.kv_heads} key/value heads does not compute what the "

@@ -44,7 +44,14 @@ from hf_optim import (
     traits,
 )
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
-from hf_optim.toolkit.modules import main_output, mixed_classes, remote_code_guard, rounding_tolerance, tied_blocks
+from hf_optim.toolkit.modules import (
+    main_output,
+    mixed_classes,
+    relative_difference,
+    remote_code_guard,
+    rounding_tolerance,
+    tied_blocks,
+)
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _stock_albert, _universal_model
@@ -203,7 +210,7 @@ class UniversalTransformer(Technique):
     def _require_same(made: PreTrainedModel, expected: Any, inputs: Any, comparable: bool, label: str) -> None:
         if not comparable:
             return
-        gap = float((main_output(made, inputs) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        gap = relative_difference(main_output(made, inputs), expected)
         if not gap <= rounding_tolerance(made):
             raise ModelError(
                 f"{label}: with equal blocks, {type(made).__name__} in steps does not compute what its layers compute "

@@ -36,6 +36,7 @@ from hf_optim.toolkit.modules import (
     feed_forward_inlets,
     grouped_experts,
     main_output,
+    relative_difference,
     replace,
     rounding_tolerance,
     thread_values,
@@ -279,7 +280,7 @@ class Moefication(Technique):
         found = main_output(model, dummy_inputs(model))
         for name, ffn in made.items():
             ffn.active = active[name]
-        gap = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        gap = relative_difference(found, expected)
         if not gap <= rounding_tolerance(model):
             raise ModelError(
                 f"{label}: with all experts on, {type(model).__name__} does not compute what the dense model computes "

@@ -34,6 +34,7 @@ from hf_optim.toolkit.modules import (
     feed_forward_inlets,
     grouped_experts,
     main_output,
+    relative_difference,
     replace,
     rounding_tolerance,
     thread_values,
@@ -178,7 +179,7 @@ class PRMoE(Technique):
         convert(model, self.remote_code, {"experts": max(counts.values()), "modules": entries})
         code.choose_implementation(model)
         if expected is not None:
-            gap = float((main_output(model, inputs) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+            gap = relative_difference(main_output(model, inputs), expected)
             if not gap <= rounding_tolerance(model):
                 raise ModelError(
                     f"{label}: {type(model).__name__} does not compute what the dense model computes (relative "

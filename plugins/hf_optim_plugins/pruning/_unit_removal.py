@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_optim import ModelError
-from hf_optim.toolkit.modules import main_output, rounding_tolerance
+from hf_optim.toolkit.modules import main_output, relative_difference, rounding_tolerance
 from hf_optim.toolkit.pruning import shrink
 from hf_optim.toolkit.statistics import importance
 from hf_optim.toolkit.topology import NEURONS, PrunableGroups, dummy_inputs
@@ -65,7 +65,7 @@ def outputs_without(
 def require_equal(model: PreTrainedModel, expected: Tensor, label: str) -> None:
     """Raise ``ModelError`` unless the smaller model's outputs are those of the original one with closed gates."""
     found = main_output(model, dummy_inputs(model))
-    gap = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    gap = relative_difference(found, expected)
     if not gap <= rounding_tolerance(model):
         raise ModelError(
             f"{label}: the smaller {type(model).__name__} does not compute what the original one computes without the "

@@ -51,7 +51,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import main_output, rounding_tolerance
+from hf_optim.toolkit.modules import main_output, relative_difference, rounding_tolerance
 from hf_optim.toolkit.permutation import orthogonal, rotating
 from hf_optim.toolkit.statistics import RecordedBatches, sample_microbatches
 from hf_optim.toolkit.topology import StreamRotation, ValueHeads
@@ -169,7 +169,7 @@ class Rotation(Technique):
         if self.method == "learned":
             rotations = self._learned(run, model, sites, rotations, selected, batches)
         _apply(model, sites, rotations)
-        gap = float((main_output(model, inputs) - before).abs().max() / before.abs().max().clamp_min(1e-30))
+        gap = relative_difference(main_output(model, inputs), before)
         if not gap <= rounding_tolerance(model):
             raise NumericalError(
                 f"{label}: rotations change the outputs of {type(model).__name__} by {gap:.1e} of the largest; load "

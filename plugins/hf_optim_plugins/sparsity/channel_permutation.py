@@ -45,7 +45,7 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import main_output, rounding_tolerance
+from hf_optim.toolkit.modules import main_output, relative_difference, rounding_tolerance
 from hf_optim.toolkit.permutation import SITE_KINDS, Site, find_sites, kept_sum, kept_sum_row_wise, search_permutation
 from hf_optim.toolkit.pruning import masks
 from hf_optim.toolkit.statistics import InputSquares, few_tokens_message
@@ -219,7 +219,7 @@ class _Permutation:
         inputs = topology.dummy_inputs(run.model)
         expected = main_output(run.model, inputs)
         applied = [(site, order) for site in usable if (order := self._permute_(site)) is not None]
-        gap = float((main_output(run.model, inputs) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        gap = relative_difference(main_output(run.model, inputs), expected)
         if not gap <= rounding_tolerance(run.model):
             for site, order in reversed(applied):
                 site.permute_(run.model, order.argsort(), run.masks)

@@ -35,7 +35,14 @@ from transformers import PreTrainedModel
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, require_own_code
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import feed_forward_inlets, main_output, replace, rounding_tolerance, thread_values
+from hf_optim.toolkit.modules import (
+    feed_forward_inlets,
+    main_output,
+    relative_difference,
+    replace,
+    rounding_tolerance,
+    thread_values,
+)
 from hf_optim.toolkit.statistics import sample_feed_forwards
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, weight_out_in
 
@@ -293,7 +300,7 @@ class SparseFFN(Technique):
         found = main_output(model, dummy_inputs(model))
         for name, ffn in made.items():
             ffn.entry = settings[name]
-        gap = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        gap = relative_difference(found, expected)
         if not gap <= rounding_tolerance(model):
             raise ModelError(
                 f"{label}: with all units on, {type(model).__name__} does not compute what the dense model computes "

@@ -55,11 +55,16 @@ from hf_optim import (
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
 from hf_optim.toolkit.attention import (
     hidden_states,
-    relative_difference,
     require_on_interface,
     require_self_attention,
 )
-from hf_optim.toolkit.modules import mixed_classes, remote_code_guard, rounding_tolerance, thread_values
+from hf_optim.toolkit.modules import (
+    mixed_classes,
+    relative_difference,
+    remote_code_guard,
+    rounding_tolerance,
+    thread_values,
+)
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _held_parts, _sparse_qkv_model, _sparse_qkv_modules
