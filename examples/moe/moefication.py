@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
 
 import hf_optim
-from hf_optim.toolkit.modules import Inlet
-from hf_optim_plugins.moe import _inlet_layers, _moefied_layers
+from hf_optim.toolkit.modules import Inlet, connect
+from hf_optim_plugins.moe import _moefied_layers
 
 EXPERTS, BATCH = 44, 8
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -207,7 +207,7 @@ def divided_layer(entry: dict[str, Any], generator: torch.Generator) -> Any:
     ffn = _moefied_layers.MoefiedFFN(config, WIDTH, WIDTH, entry, {"dtype": torch.float32})
     for parameter in ffn.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    _inlet_layers.connect(ffn, Inlet(keeps=True))
+    connect(ffn, Inlet(keeps=True))
     return ffn
 
 

@@ -17,7 +17,7 @@ from . import (
 from .captured_forward import CapturedForward, captured
 from .coded_experts import CodedExperts
 from .compare import main_output, output_difference, relative_difference, rounding_tolerance
-from .feed_forward_inlets import Inlet
+from .feed_forward_inlets import Inlet, connect
 from .grouped_experts import grouped_where_it_fits
 from .mixed_classes import mixed
 from .mixtures_in_dense import MixturesInDense
@@ -46,6 +46,7 @@ __all__ = [
     "block_of_step",
     "captured",
     "coded_experts",
+    "connect",
     "eval_mode",
     "feed_forward_inlets",
     "grouped_experts",

@@ -5,6 +5,8 @@ This file is stored beside checkpoints, so it imports only torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .thread_values import ThreadValue
@@ -29,3 +31,8 @@ class Inlet(nn.Module):
         if x is None:
             raise RuntimeError("the feed-forward layer was called without its first projection")
         return x
+
+
+def connect(layer: Any, inlet: Inlet) -> None:
+    """Give the last module of a feed-forward layer its input, in its list ``inlet``: so it is not registered twice."""
+    layer.inlet[:] = [inlet]

@@ -12,6 +12,7 @@ from .exchanged_states import exchanged_state
 from .experts import ExpertLinear, expert_linears, expert_stacks, has_experts
 from .fake_inputs import NoInputsError, dummy_inputs, set_example, shorten_example
 from .feed_forward import FeedForward, find_feed_forwards
+from .feed_forward_places import inlet_entries, place_layer
 from .feed_forward_selection import select_feed_forwards
 from .key_value_heads import KeyValueHeads, find_key_value_heads
 from .layer_coverage import coverage
@@ -69,6 +70,7 @@ __all__ = [
     "group_by_block",
     "has_experts",
     "ineffective_pattern",
+    "inlet_entries",
     "is_linear",
     "is_output_head",
     "known_blocks",
@@ -79,6 +81,7 @@ __all__ = [
     "output_heads",
     "parameter_names",
     "permute_residual_",
+    "place_layer",
     "require_blocks",
     "require_layers",
     "roles",

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import ByEitherName, CodedExperts, Inlet, ReplacedModules, grouped_where_it_fits
+from hf_optim.toolkit.modules import ByEitherName, CodedExperts, Inlet, ReplacedModules, connect, grouped_where_it_fits
 
 
 @grouped_where_it_fits
@@ -109,11 +109,6 @@ class WholeLayer(nn.Module):
         """Return ``[..., out]`` for the input ``[..., in]`` that the inlet keeps; ``nothing`` is ``[..., 0]``."""
         x = self.inlet[0].take()
         return self.compute(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-
-
-def connect(layer: WholeLayer, inlet: Inlet) -> None:
-    """Give a feed-forward layer its input."""
-    layer.inlet[:] = [inlet]
 
 
 def choose_implementation(model: Any, asked: str | None = None) -> None:

@@ -42,7 +42,14 @@ from hf_optim.toolkit.modules import (
     thread_values,
 )
 from hf_optim.toolkit.statistics import sample_feed_forwards
-from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, weight_out_in
+from hf_optim.toolkit.topology import (
+    FeedForward,
+    NoInputsError,
+    dummy_inputs,
+    inlet_entries,
+    place_layer,
+    weight_out_in,
+)
 
 from . import _inlet_layers, _moefied_layers, _moefied_record
 from ._neuron_clusters import activation_features, balanced_kmeans, means, weight_features
@@ -141,9 +148,10 @@ class Moefication(Technique):
         except NoInputsError:
             return None
         entries = {layer.down: self._entry(model, layer, label) for layer in layers}
-        inlets = {name: {"keeps": name == layer.producers[0]} for layer in layers for name in layer.producers}
         most = max(entry["experts"] for entry in entries.values())
-        return converted_skeleton(model, self.remote_code, {"experts": most, "modules": {**inlets, **entries}})
+        return converted_skeleton(
+            model, self.remote_code, {"experts": most, "modules": {**inlet_entries(layers), **entries}}
+        )
 
     def _entry(self, model: PreTrainedModel, layer: FeedForward, label: str) -> dict[str, Any]:
         """Return what the configuration says of a divided layer."""
@@ -256,15 +264,8 @@ class Moefication(Technique):
             }
             move_masks(run, layer, order)
             stacks |= stack_names(layer)
-            entries[layer.down] = entry
-            training = model.get_submodule(layer.down).training
-            for name in layer.producers:
-                inlet = code.Inlet(name == layer.producers[0]).train(training)
-                entries[name] = {"keeps": inlet.keeps}
-                replace.replace_module(model, name, inlet)
-                if inlet.keeps:
-                    code.connect(ffn, inlet)
-            replace.replace_module(model, layer.down, ffn.train(training))
+            entries |= {layer.down: entry, **inlet_entries([layer])}
+            place_layer(model, layer, ffn, code.Inlet)
             made[layer.down] = ffn
         counts = {stack: entries[stack.rpartition(".experts.")[0]]["experts"] for stack in stacks}
         run.rename(lambda name: new_names(name, stacks, counts))

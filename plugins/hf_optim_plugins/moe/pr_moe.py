@@ -39,7 +39,15 @@ from hf_optim.toolkit.modules import (
     rounding_tolerance,
     thread_values,
 )
-from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
+from hf_optim.toolkit.topology import (
+    FeedForward,
+    NoInputsError,
+    dummy_inputs,
+    find_feed_forwards,
+    inlet_entries,
+    place_layer,
+    weight_out_in,
+)
 
 from . import _inlet_layers, _residual_layers
 from ._copies import copies, perturb_
@@ -143,8 +151,7 @@ class PRMoE(Technique):
     def model_after(self, model: PreTrainedModel, label: str) -> PreTrainedModel:
         counts, layers, _ = self._layers(model, label)
         entries = {layer.down: self._entry(model, layer, counts[layer.down]) for layer in layers}
-        inlets = {name: {"keeps": name == layer.producers[0]} for layer in layers for name in layer.producers}
-        field = {"experts": max(counts.values()), "modules": {**inlets, **entries}}
+        field = {"experts": max(counts.values()), "modules": {**inlet_entries(layers), **entries}}
         return converted_skeleton(model, self.remote_code, field)
 
     def _entry(self, model: PreTrainedModel, layer: FeedForward, experts: int) -> dict[str, Any]:
@@ -225,15 +232,8 @@ class PRMoE(Technique):
                 linear.weight.copy_(dense[name])
                 if biased:
                     linear.bias.copy_(dense[f"{name}_bias"])
-        training = last.training
-        for name in layer.producers:
-            inlet = code.Inlet(name == layer.producers[0]).train(training)
-            entries[name] = {"keeps": inlet.keeps}
-            replace.replace_module(model, name, inlet)
-            if inlet.keeps:
-                code.connect(made, inlet)
-        entries[layer.down] = entry
-        replace.replace_module(model, layer.down, made.train(training))
+        entries |= {**inlet_entries([layer]), layer.down: entry}
+        place_layer(model, layer, made, code.Inlet)
 
     # -- training -----------------------------------------------------------------------------------------------------
     @hookimpl

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from hf_optim.toolkit.modules import ByEitherName, Inlet, ReplacedModules
+from hf_optim.toolkit.modules import ByEitherName, Inlet, ReplacedModules, connect
 
 from ._sparse_ffn_codes import decode_rows, encode_rows
 from ._sparse_ffn_kernel import by_kernel
@@ -305,11 +305,6 @@ class PlacedSparseFFN(SparseFFN):
         return super().forward(self.inlet[0].take())
 
 
-def connect_sparse_ffn(layer: PlacedSparseFFN, inlet: Inlet) -> None:
-    """Give a feed-forward layer its input."""
-    layer.inlet[:] = [inlet]
-
-
 class SparseFFNModules(ReplacedModules):
     """Base of a model class whose feed-forward layers named in ``config.sparse_ffn`` are sparse."""
 
@@ -320,7 +315,7 @@ class SparseFFNModules(ReplacedModules):
         for entry, layer, modules in self._sparse_layers():
             inlet = modules[entry["inlets"][0]]
             if isinstance(inlet, Inlet):
-                connect_sparse_ffn(layer, inlet)
+                connect(layer, inlet)
 
     def _sparse_layers(self) -> Iterator[tuple[dict[str, Any], PlacedSparseFFN, ByEitherName]]:
         """Yield the entry of each sparse layer, the layer, and the modules by their names in the configuration."""

@@ -44,7 +44,14 @@ from hf_optim.toolkit.modules import (
     thread_values,
 )
 from hf_optim.toolkit.statistics import sample_feed_forwards
-from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, weight_out_in
+from hf_optim.toolkit.topology import (
+    FeedForward,
+    NoInputsError,
+    dummy_inputs,
+    inlet_entries,
+    place_layer,
+    weight_out_in,
+)
 
 from . import _sparse_ffn_codes, _sparse_ffn_kernel, _sparse_ffn_modules, _sparse_ffn_record
 from ._sparse_ffn_controller import Units, contributions, exclusive_order, train_controller
@@ -152,7 +159,7 @@ class SparseFFN(Technique):
         except NoInputsError:
             return None
         entries = {layer.down: self._entry(model, layer, label) for layer in layers}
-        return converted_skeleton(model, self.remote_code, {"modules": {**_inlets(layers), **entries}})
+        return converted_skeleton(model, self.remote_code, {"modules": {**inlet_entries(layers), **entries}})
 
     # -- which layers -------------------------------------------------------------------------------------------------
     def _layers(self, model: PreTrainedModel, label: str) -> tuple[list[FeedForward], dict[str, list[str]]]:
@@ -234,7 +241,6 @@ class SparseFFN(Technique):
         entries: dict[str, dict[str, Any]] = {}
         made: dict[str, Any] = {}
         run.state(self).figures = {}
-        inlets = _inlets(layers)
         for layer in layers:
             entry, x = self._entry(model, layer, label), samples.pop(layer.down, None)
             last: Any = model.get_submodule(layer.down)
@@ -259,14 +265,9 @@ class SparseFFN(Technique):
             for name in (layer.down, *layer.producers):
                 run.masks.pop(f"{name}.weight", None)
                 run.nm_patterns.pop(f"{name}.weight", None)
-            for name in layer.producers:
-                inlet = code.Inlet(inlets[name]["keeps"]).train(last.training)
-                replace.replace_module(model, name, inlet)
-                if inlet.keeps:
-                    code.connect_sparse_ffn(ffn, inlet)
-            replace.replace_module(model, layer.down, ffn.train(last.training))
+            place_layer(model, layer, ffn, code.Inlet)
             entries[layer.down], made[layer.down] = entry, ffn
-        convert(model, self.remote_code, {"modules": {**inlets, **entries}})
+        convert(model, self.remote_code, {"modules": {**inlet_entries(layers), **entries}})
         return made
 
     def _fill(self, ffn: Any, units: Units, bias: Tensor | None, x: Tensor | None, label: str) -> None:
@@ -331,10 +332,6 @@ def units_of(model: PreTrainedModel, layer: FeedForward) -> Units:
 
     down = weight_out_in(model.get_submodule(layer.down)).detach()[:, layer.columns]
     return Units(rows(layer.up), rows(layer.gate) if layer.gate else None, down.t())
-
-
-def _inlets(layers: list[FeedForward]) -> dict[str, dict[str, Any]]:
-    return {name: {"keeps": name == layer.producers[0]} for layer in layers for name in layer.producers}
 
 
 def divisors(number: int) -> str:
