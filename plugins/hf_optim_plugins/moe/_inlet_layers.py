@@ -135,7 +135,7 @@ class FeedForwardModules(CodedExperts, ReplacedModules):
             if isinstance(layer, WholeLayer):
                 inlet = modules[entry["inlets"][0]]
                 if not isinstance(inlet, Inlet):
-                    raise ValueError(f"config.{self.replaced_field}: the first projection of {name} is no inlet")
+                    raise ValueError(f"config.{self.replaced_field}: nothing keeps the input of {name}")
                 connect(layer, inlet)
 
     @classmethod
