@@ -549,6 +549,18 @@ def test_the_index_is_a_table_and_a_plot_over_all_cards(tmp_path):
     assert not picture.exists()
 
 
+@pytest.mark.parametrize("name", ["README.md", "index.html"])
+def test_an_index_replaces_no_page_of_somebody_else(tmp_path, name):
+    record().write(folder(tmp_path / "one"))
+    render_index(tmp_path)
+    render_index(tmp_path)  # its own pages are replaced
+    (tmp_path / name).write_text("My project")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError, match=f"{name} was not written by `hf-optim card`"):
+        render_index(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 def test_an_index_of_nothing_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no folder in"):
         render_index(tmp_path)

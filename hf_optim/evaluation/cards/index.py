@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,10 @@ INTRODUCTION = (
     f"`hf-optim card` renders this page from those files, and [{PAGE}]({PAGE}): the same figures in a browser, to "
     "filter and to sort."
 )
+HEADING = "# Model cards"
+# What the pages of any version of hf_optim begin with: a file without it is somebody else's.
+OURS = {README: f"{HEADING}\n\nCheckpoints made with hf_optim.", PAGE: "<title>Model cards - hf_optim</title>"}
+MARKED_BYTES = 4096
 PAGES = "pages.json"
 PAGES_NOTE = "Measured on pages of their own, each with its record."
 PLOT_NOTE = "The numbers in the plot are those of the first column."
@@ -30,11 +35,14 @@ PLOT_NOTE = "The numbers in the plot are those of the first column."
 def render_index(folder: Path | str) -> str:
     """Write ``README.md``, its plots and ``index.html`` into a folder of cards; return the text of the README.
 
-    Raises ``CheckpointError`` if no sub-folder has a record, or if one cannot be read; likewise for ``pages.json``.
+    Raises ``CheckpointError`` if no sub-folder has a record, or if one cannot be read; likewise for ``pages.json``, and
+    if the folder has a ``README.md`` or ``index.html`` that hf_optim did not write, which stays as it is.
     """
     folder = Path(folder)
+    for name, mark in OURS.items():
+        _require_ours(folder / name, mark)
     cards = read_cards(folder)
-    parts = ["# Model cards", INTRODUCTION, _table(cards)]
+    parts = [HEADING, INTRODUCTION, _table(cards)]
     names = [(metric, _draw(cards, metric, folder)) for metric in QUALITY_METRICS]
     drawn = [(metric, name) for metric, name in names if name]
     if drawn:
@@ -45,6 +53,21 @@ def render_index(folder: Path | str) -> str:
     write_page(folder / README, text)
     write_page(folder / PAGE, render_page(cards))
     return text
+
+
+def _require_ours(path: Path, mark: str) -> None:
+    """Refuse to replace a page that is no index of hf_optim: the folder may be somebody's project."""
+    if not os.path.lexists(path):
+        return
+    begins = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            begins = file.read(MARKED_BYTES)
+    if mark.encode() not in begins.replace(b"\r\n", b"\n"):
+        raise CheckpointError(
+            f"{path} was not written by `hf-optim card` and would be replaced: move it, or move the checkpoints into a "
+            "folder of their own"
+        )
 
 
 def _table(cards: Sequence[CardSummary]) -> str:
