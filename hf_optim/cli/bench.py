@@ -102,6 +102,9 @@ def run(args: argparse.Namespace) -> int:
         print_json(results.to_json())
     elif args.output is None:
         print(table.render(results))
+    ours = [row for row in results.rows if row.role == "ours"]
+    if ours and all(row.failure for row in ours):
+        raise OptimError(f"all {len(ours)} measurements failed, the first with: {ours[0].failure}")
     return 0
 
 

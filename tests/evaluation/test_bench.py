@@ -287,6 +287,17 @@ def test_the_page_says_in_words_how_many_measurements_lost():
     )
 
 
+def test_a_run_in_which_all_of_ours_failed_is_an_error(monkeypatch, capsys):
+    def broken(*_):
+        raise ImportError("no module 'triton'")
+
+    monkeypatch.setattr(environment.timing_tools().bench_of("wna16"), "contenders", broken)
+    assert main(["bench", "--op", "wna16", "--shape", "64x256", "--rows", "1"]) == 2
+    printed = capsys.readouterr()
+    assert "All of hf_optim's 1 measurements failed: nothing is compared." in printed.out
+    assert "hf-optim: all 1 measurements failed, the first with: ImportError: no module 'triton'" in printed.err
+
+
 def test_the_layers_of_a_model_are_counted_by_kernel():
     kernels = {"int4 (CPU), 4-bit codes": 10, "int4 (CPU), 4-bit codes, with k_proj, v_proj": 5, "dense": 1}
     page = table.render(cpu_results(decode=[DecodeResult("tiny", "w4a16", "static", 1, ms=2.0, kernels=kernels)]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -112,3 +114,17 @@ def test_a_graph_is_faster_than_eager_for_small_kernels(monkeypatch):
     calls = [lambda: x + 1] * 20
     assert benchmark.graph_time(calls).us < benchmark.eager_time(calls).us
     assert benchmark.copies_for(1 << 20) > 2
+
+
+def test_contenders_of_every_operator_are_built_without_triton():
+    program = (
+        "import importlib, sys\n"
+        "sys.modules['triton'] = None  # as on a machine where it is not installed\n"
+        "from hf_optim_kernels.common import benchmark\n"
+        "for op in sys.argv[1:]:\n"
+        "    importlib.import_module(f'hf_optim_kernels.{op}.bench')\n"
+        "for op in ('wna16', 'sparse24', 'sparse_attention', 'w8a8'):\n"
+        "    assert importlib.import_module(f'hf_optim_kernels.{op}.bench').contenders(64, 64, 4)[0].calls[0]().shape\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *benchmark.operations()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -93,6 +93,8 @@ def _verdict(results: Results) -> str:
     ours = [row for row in results.rows if row.role == "ours"]
     lost = sum(bool(faster_contenders(row, results)) for row in ours)
     failed = sum(bool(row.failure) for row in ours)
+    if ours and failed == len(ours):
+        return f"All of hf_optim's {format_count(failed)} measurements failed: nothing is compared."
     text = (
         f"{format_count(lost) if lost else 'None'} of hf_optim's {format_count(len(ours))} measurements "
         f"{'were' if lost > 1 else 'was'} slower than the dense product or another library"

@@ -19,7 +19,6 @@ from ..common.benchmark import Contender
 from ..common.tuner import Tunable, with_config
 from . import op
 from .naive import Layout
-from .tiles import FORWARD, KEYS, QUERIES, guessed, padded
 
 BLOCK, HEAD = 64, 64
 MATH = "bfloat16"
@@ -51,11 +50,15 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
 
 def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
     """Return the forward of a causal window, and its gradients: tiles by block and head, for all layouts."""
+    from .tiles import FORWARD, KEYS, QUERIES  # needs Triton, which timing on a CPU does not
+
     size = math.gcd(N, HEAD)
     return [_tunable(direction, N // size, size, K, dtype) for direction in (FORWARD, QUERIES, KEYS)]
 
 
 def _tunable(direction: str, heads: int, size: int, window: int, dtype: torch.dtype) -> Tunable:
+    from .tiles import FORWARD, QUERIES, guessed, padded
+
     name = f"sparse_attention_{direction}"
 
     def run(x: Tensor, layout: Layout) -> Tensor:

@@ -16,7 +16,7 @@ from ..common import benchmark
 from ..common.benchmark import Contender
 from ..common.codes import Codes
 from ..common.tuner import Tunable
-from . import float4, launch, layer, naive
+from . import float4, layer, naive
 
 GROUP = 128
 MATH = "bfloat16"
@@ -58,12 +58,16 @@ def contender(name: str, N: int, K: int, M: int, bits: int, group_size: int, dty
 
 def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
     """Return 4-bit codes in groups of 128 (of ``K`` if it is not a multiple), 8-bit codes, and 4-bit floats."""
+    from . import launch  # needs Triton, which timing on a CPU does not
+
     found = [_tunable(N, K, 4, GROUP if K % GROUP == 0 else K, dtype), _tunable(N, K, 8, K, dtype)]
     fitting = [format for format in launch.NAMES if K % float4.GROUPS[format] == 0]
     return found + [_tunable(N, K, 4, float4.GROUPS[format], dtype, format) for format in fitting]
 
 
 def _tunable(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype, format: int = 0) -> Tunable:
+    from . import launch
+
     found = random_floats(N, K, format) if format else random_codes(N, K, bits, group_size, dtype)
     packed_weight = layer.PackedWeight.from_codes(found, bits, group_size, dtype, None)
     weights = [module.tensors() for module in benchmark.modules_of(packed_weight)]
