@@ -200,7 +200,7 @@ class OptimConfig:
             return cls._from_mapping(source)
         if isinstance(source, (str, Path)):
             return cls.load(source)
-        if isinstance(source, Sequence):
+        if isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
             return cls(steps=tuple(_parse_step(item, i) for i, item in enumerate(source)))
         raise RecipeError(
             "pass the recipe as a name, a path, a mapping or a list of steps, not as a value of type "
@@ -223,11 +223,13 @@ class OptimConfig:
             return dataclasses.replace(cls(steps=(catalogue().get(str(source))(),)), name=str(source))
         if is_scheme(str(source)):
             return dataclasses.replace(cls(steps=(_step_of_scheme(str(source)),)), name=str(source).upper())
+        if other := _instead_of_a_name(str(source)):
+            raise MissingRecipe(f"no recipe {shown(str(source))}: {other}")
         hint = did_you_mean(str(source), [*shipped, *catalogue().names(), *SCHEMES])
-        raise MissingRecipe(
-            f"no recipe {shown(str(source))}{hint} (shipped: {', '.join(sorted(shipped))}; schemes: "
-            f"{', '.join(sorted(SCHEMES))}; techniques: {catalogue().names_near(str(source))}; or a .yaml file)"
-        )
+        near = f"techniques: {catalogue().names_near(str(source))}; or a .yaml file"
+        if not hint:
+            near = f"shipped: {', '.join(sorted(shipped))}; schemes: {', '.join(sorted(SCHEMES))}; {near}"
+        raise MissingRecipe(f"no recipe {shown(str(source))}{hint} ({near})")
 
     @classmethod
     def _from_text(cls, text: str, path: str, name: str) -> OptimConfig:
@@ -250,12 +252,13 @@ class OptimConfig:
             return cls(steps=(_parse_step(data, 0),))
         for key in data:
             if key not in KEYS:
-                raise RecipeError(
-                    f"a recipe has no key {shown(key)}{did_you_mean(key, KEYS)} (it has {', '.join(KEYS)})"
-                )
+                hint = did_you_mean(key, [*KEYS, "technique"])
+                raise RecipeError(f"a recipe has no key {shown(key)}{hint} (it has {', '.join(KEYS)})")
         steps = data.get("steps")
-        if not isinstance(steps, Sequence) or isinstance(steps, str):
+        if steps is None:
             raise RecipeError("add `steps:` to the recipe, a list of mappings with `technique:`")
+        if not isinstance(steps, Sequence) or isinstance(steps, (str, bytes, bytearray)):
+            raise RecipeError(f"`steps:` must be a list of mappings with `technique:`, not {shown(steps)}")
         if len(steps) > MAX_STEPS:
             raise RecipeError(f"the recipe has {len(steps):,} steps; at most {MAX_STEPS} are read")
         calibration = {} if data.get("calibration") is None else data["calibration"]
@@ -274,6 +277,21 @@ class OptimConfig:
             spill=data.get("spill"),
             description=description,
         )
+
+
+def _instead_of_a_name(text: str) -> str:
+    """Return what to write in place of a text that is no name: a folder, a recipe itself, several names; else ""."""
+    if not text.strip():
+        return "it is empty; `hf-optim list` shows the names"
+    if text.lower() == "auto":
+        return 'optim_config="auto" (in small letters) loads a compressed checkpoint on kernels, and is no recipe'
+    if os.path.isdir(text):
+        return "it is a folder; name a recipe, or a .yaml or .json file"
+    if text.lstrip().startswith(("{", "[")):
+        return "write a recipe that is no name into a .yaml or .json file (in Python, pass it as a mapping or a list)"
+    if "," in text:
+        return "several steps are a list, in a .yaml or .json file (in Python, a list)"
+    return ""
 
 
 def _step_of_scheme(name: str) -> Technique:
@@ -296,7 +314,9 @@ def _parse_step(item: Any, index: int) -> Technique:
         return _step_of_scheme(item)
     if isinstance(item, str):
         item = {"technique": item}
-    if not isinstance(item, Mapping) or not isinstance(item.get("technique"), str):
+    if isinstance(item, Mapping) and "technique" in item and not isinstance(item["technique"], str):
+        raise RecipeError(f"step {index + 1}: `technique:` must be a name, not {shown(item['technique'])}")
+    if not isinstance(item, Mapping) or "technique" not in item:
         raise RecipeError(f"step {index + 1} must be a mapping with `technique:`, not {shown(item)}")
     fields = {key: value for key, value in item.items() if key != "technique"}
     if any(not isinstance(key, str) or len(key) > MAX_NAME for key in fields):
