@@ -20,6 +20,7 @@ from ..errors import ModelError, OptimError
 from ..runs.progress import silenced
 from ..toolkit.checkpoint.placement import NewHeads
 from ..trust.bounds import first_line
+from ..trust.weights import OTHER_FORMATS, PICKLES
 from .hub import local_directory
 from .read_errors import readable_errors
 from .source import ModelSource, place_weights
@@ -66,7 +67,7 @@ def is_local(source: ModelSource) -> bool:
     Those that ``build`` refuses count, too.
     """
     home = local_directory(source.model, source.revision)
-    patterns = ("*.safetensors", "*.index.json", "*.bin")
+    patterns = ("*.safetensors", "*.index.json", *PICKLES, *(pattern for pattern, _, _ in OTHER_FORMATS))
     return home is not None and any(any(home.glob(pattern)) for pattern in patterns)
 
 

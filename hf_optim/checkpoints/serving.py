@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from ..trust.bounds import shown
 from ..trust.documents import read_mapping, require_mapping
 from ..trust.headers import TensorInfo, read_header
+from ..trust.hub_access import require_findable
 from ..trust.lookup import Where
 from ..trust.weights import checked_weights
 from .serving_layers import EXPERT, Layer, QuantizedCheckpoint, read_quantized
@@ -63,12 +64,14 @@ def check_serving(source: str | os.PathLike[str], revision: str | None = None) -
     """Return what vLLM, SGLang and TGI do with a checkpoint.
 
     Of a directory, the configuration and the headers of the weights are read; of a Hub id, the configuration alone.
-    Raises ``CheckpointError`` if they are missing or corrupt, or if compressed-tensors refuses the configuration.
+    Raises ``CheckpointError`` if they are missing or corrupt, or if compressed-tensors refuses the configuration, and
+    ``ModelError`` for a Hub id that is neither cached nor can be asked for.
     """
     name = os.fspath(source)
     local = os.path.isdir(name)
     if not local and (os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name} is not the directory of a checkpoint")
+    require_findable(name, revision)
     path = Where(name, "", {"revision": revision}).find("config.json")
     if path is None:
         raise CheckpointError(f"{name} has no config.json")

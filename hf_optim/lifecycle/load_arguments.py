@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import DataConfig
 from ..recipes.technique import Technique
 from ..runs.run import Run
-from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
+from ..toolkit.checkpoint.stock_errors import config_errors, require_bounded
 from ..trust.bounds import shown
 from ..trust.code import may_run, require_no_kernels
 from ..trust.weights import checked_weights
@@ -56,7 +56,7 @@ def resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTr
     reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
     # A configuration has a dtype, too, and would keep that of the call, which may be "auto".
     dtypes = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
-    with stock_errors(source, "no model configuration at"):
+    with config_errors(source, kwargs.get("subfolder") or ""):
         config, rest = reader.from_pretrained(
             given if given is not None else source, return_unused_kwargs=True, **kwargs
         )

@@ -21,6 +21,18 @@ from .lookup import Where
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Weights of other programs: the pattern of their files, their name, and how to come from them to safetensors.
+OTHER_FORMATS = (
+    (
+        "*.gguf",
+        "GGUF",
+        "load it once with stock transformers (AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE), with the "
+        "package gguf) and save it with save_pretrained, or start from the checkpoint that it was made from",
+    ),
+    ("*.h5", "TensorFlow", "transformers read it before version 5: convert it there (from_tf=True, save_pretrained)"),
+    ("*.msgpack", "Flax", "transformers read it before version 5: convert it there (from_flax=True, save_pretrained)"),
+    ("*.onnx", "ONNX", "a graph cannot be optimized here: start from the checkpoint that it was exported from"),
+)
 # Names of the shards of torch's distributed checkpoints, which stock transformers loads in place of an index.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _CONVERT = (
@@ -159,9 +171,26 @@ def _refuse_distributed(where: Where) -> None:
         )
 
 
-def _nothing(where: Where, names: tuple[str, ...]) -> str:
-    home = Path(where.source, where.subfolder)
-    pickles = sorted(path.name for pattern in PICKLES for path in home.glob(pattern)) if home.is_dir() else []
+def describe_other_weights(directory: str | os.PathLike[str]) -> str:
+    """Return which weights of another format a directory holds, and how to convert them; "" if there are none."""
+    home = Path(directory)
+    if not home.is_dir():
+        return ""
+    pickles = sorted(path.name for pattern in PICKLES for path in home.glob(pattern))
     if pickles:
-        return f"{where.source} holds pickle files ({', '.join(pickles[:5])}); {_CONVERT}"
+        return f"pickle files ({_few(pickles)}); {_CONVERT}"
+    for pattern, name, remedy in OTHER_FORMATS:
+        if found := sorted(path.name for path in home.glob(pattern)):
+            return f"weights of {name} ({_few(found)}), which hf_optim does not read: {remedy}"
+    return ""
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5])
+
+
+def _nothing(where: Where, names: tuple[str, ...]) -> str:
+    other = describe_other_weights(Path(where.source, where.subfolder))
+    if other:
+        return f"{where.source} holds {other}"
     return f"{where.source} has no safetensors weights: no file named {' or '.join(names)}"

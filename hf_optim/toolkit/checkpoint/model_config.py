@@ -13,12 +13,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ...errors import ModelError
-from ...trust.bounds import first_line
 from ...trust.code import may_run, require_no_kernels
 from ...trust.files import require_regular
 from ...trust.hub_access import require_findable
-from .stock_errors import PASSED, code_error, needs_code, require_bounded, stock_errors
+from .stock_errors import config_errors, require_bounded, stock_errors
 
 
 def load_config(source: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
@@ -31,14 +29,8 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
     require_findable(source, revision)
     if os.path.isdir(source):
         require_regular(Path(source))
-    try:
+    with config_errors(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusted, revision=revision)
-    except PASSED:
-        raise
-    except Exception as error:  # whatever a value of the configuration led to
-        if needs_code(error):
-            raise code_error(source) from error
-        raise ModelError(f"no model configuration at {source!r}: {first_line(error)}") from error
     require_bounded(config, source)
     require_no_kernels(source, trusted, revision=revision)
     return config

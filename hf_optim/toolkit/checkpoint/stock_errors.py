@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import CheckpointError, ModelError, OptimError
 from ...trust.bounds import first_line, shown
+from ...trust.weights import describe_other_weights
 from .safetensors import UnsupportedCheckpoint
 
 # Errors that are not about the input.
@@ -47,6 +49,24 @@ def explained(reason: str) -> Iterator[None]:
         if not reason:
             raise
         raise type(error)(f"{error}. hf_optim does not read this checkpoint by itself: {reason}") from error
+
+
+@contextmanager
+def config_errors(source: Any, subfolder: str = "") -> Iterator[None]:
+    """Raise ``ModelError`` in place of what loading the configuration of ``source`` raises."""
+    try:
+        yield
+    except PASSED:
+        raise
+    except Exception as error:  # whatever a value of the configuration led to
+        if needs_code(error):
+            raise code_error(source) from error
+        home, reason = Path(str(source), subfolder), first_line(error)
+        if home.is_dir() and not (home / "config.json").exists():
+            other = describe_other_weights(home)
+            rest = f"; it holds {other}" if other else ": name the directory that save_pretrained wrote, or a Hub id"
+            reason = f"it has no config.json{rest}"
+        raise ModelError(f"no model configuration at {shown(str(source))}: {reason}") from error
 
 
 def stock_error(error: BaseException, source: Any, doing: str = "cannot load") -> OptimError:
