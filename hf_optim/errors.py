@@ -73,3 +73,11 @@ class CheckpointError(OptimError, OSError):
 
 class RankError(OptimError, RuntimeError):
     """A rank of a process group has ended, or did not answer in time, while ranks exchanged tensors."""
+
+
+def require_any_model(model: object) -> None:
+    """Raise ``ModelError`` for what is not a model, such as its path or None; torch is not imported for it."""
+    if not callable(getattr(model, "named_modules", None)):
+        raise ModelError(
+            f"expected a model, not a value of type {type(model).__name__}: load it with from_pretrained(...)"
+        )

@@ -16,6 +16,7 @@ from typing import Any
 from .. import __version__
 from ..errors import MAX_MESSAGE, OptimError, cli_message, printable
 from ..runs import progress
+from .parser import CommandParser
 
 # Name -> help. Each command is a module of this package with ``EXAMPLE``, ``arguments(parser)`` and
 # ``run(args) -> int``. Heavy imports are inside ``run``, so that `hf-optim list` does not wait for those of `compress`.
@@ -72,7 +73,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser of ``hf-optim``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="hf-optim",
         description="Make a Hugging Face transformer cheaper to run: compress it, measure it, publish it.",
         epilog=STATUS,
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add every command as a subparser. The chosen one is stored in ``args.command``, for ``execute``."""
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=CommandParser)
     for name, help_line in COMMANDS.items():
         module = _module(name)
         command = commands.add_parser(

@@ -36,7 +36,7 @@ REFUSED = 1
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML or JSON file, or the name of a shipped recipe or technique"
+        "recipe", metavar="RECIPE", help="a YAML or JSON file, or the name of a shipped recipe, a technique or a scheme"
     )
     parser.add_argument("--model", metavar="MODEL", help="a Hub id or directory; also check the recipe on this model")
     parser.add_argument("--calibration", metavar="DATA", help="calibration data (default: the dataset in the recipe)")

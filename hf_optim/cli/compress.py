@@ -40,7 +40,10 @@ EXAMPLE = """hf-optim compress meta-llama/Llama-3.2-1B --recipe w4a16 --output l
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hub id or the directory of a checkpoint")
     parser.add_argument(
-        "--recipe", required=True, metavar="R", help="a YAML or JSON file, or the name of a shipped recipe or technique"
+        "--recipe",
+        required=True,
+        metavar="R",
+        help="a YAML or JSON file, or the name of a shipped recipe, a technique or a scheme",
     )
     parser.add_argument(
         "--output",

@@ -1,7 +1,7 @@
-"""``hf-optim list``: List the techniques (including those of other installed packages) and the shipped recipes.
+"""``hf-optim list``: List the techniques (also those of other installed packages), the shipped recipes and the schemes.
 
 Given the name of a technique, show what it does, what it requires of a model, what it changes, and its fields. Given
-the name of a shipped recipe, show its steps."""
+the name of a shipped recipe or a scheme, show its steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WIDEST = max(map(len, RELOAD_LEVELS))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a technique or a shipped recipe to describe")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a technique, a shipped recipe or a scheme to describe")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from ..errors import ModelError
+from ..errors import ModelError, require_any_model
 from ..toolkit.compat import CACHE
 from ..toolkit.quantization import KeyValueScheme, cache_layers, layer_patterns, scheme_of
 from .codes import Codes, attention_takes_codes
@@ -52,6 +52,7 @@ def key_value_cache(model: Any, scheme: KeyValueScheme | None = None) -> Cache:
 
     Raises ``ModelError`` without a scheme, and for models whose cache is not keys and values of heads.
     """
+    require_any_model(model)
     scheme = scheme or scheme_of(model.config)
     if scheme is None:
         raise ModelError("the model's configuration names no quantization of keys and values: pass scheme=")

@@ -27,7 +27,7 @@ from ..calibration.media_inputs import require_media
 from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_multimodal_processor, find_processor
-from ..errors import MAX_MESSAGE, DataError, OptimError, RecipeError
+from ..errors import MAX_MESSAGE, DataError, OptimError, RecipeError, require_any_model
 from ..recipes import hooks
 from ..recipes.composition import Stage, step_label
 from ..recipes.config import OptimConfig
@@ -298,6 +298,7 @@ def _can_follow(run: Run, stage: Stage) -> bool:
 # -- release ----------------------------------------------------------------------------------------------------------
 def release(model: PreTrainedModel) -> PreTrainedModel:
     """Forget the run of a model, and return it as an ordinary model. Its weights and its stored format stay."""
+    require_any_model(model)
     training_watch.unwatch(model)
     model.__dict__.pop(ATTRIBUTE, None)
     saving.detach_save_methods(model)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ...errors import ModelError
+from ...errors import ModelError, require_any_model
 from ...runs.acceptance import require_runnable
 from ...runs.progress import progress
 from ...runs.run import Run, find_run
@@ -76,6 +76,7 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     Raises ``ModelError`` for a model that is offloaded (``offload``), and for a compressed one that accelerate has
     offloaded to the CPU or to disk.
     """
+    require_any_model(model)
     require_runnable(model)
     if find_state(model) is not None:
         raise ModelError(
@@ -206,6 +207,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     from ..quantizer import detach_quantizer
 
+    require_any_model(model)
     restore_weights(model)
     for module in list(model.modules()):
         if isinstance(module, PackedLinear):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ...errors import require_any_model
 from ...toolkit import experts, topology
 from ...toolkit.distributed.tensor_parts import RANK, part_of
 from ...toolkit.offloading import stored_weights
@@ -135,6 +136,7 @@ def report(model: nn.Module) -> Report:
 
     For a compressed model that is not accelerated, the reason names the kernel that ``accelerate`` would use.
     """
+    require_any_model(model)
     with stored_weights(model):  # of an offloaded model
         return _report(model)
 

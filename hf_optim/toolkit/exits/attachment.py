@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import ModelError
+from ...errors import ModelError, require_any_model
 from .heads import ExitHeads
 from .settings import ExitSettings, store_settings
 from .structure import find_blocks as find_blocks
@@ -16,6 +16,7 @@ ATTRIBUTE = "_hf_optim_exits"
 
 def exits_of(model: Any) -> ExitHeads | None:
     """Return the exits of a model, or None. A copy of a model has a copy of its exits."""
+    require_any_model(model)
     found = vars(model).get(ATTRIBUTE)
     if found is None:
         return None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import require_any_model
 from . import graph_capture
 from .captured_state import Addresses, addresses_of, are_there, has_global_hooks, how_wrong, why_not
 from .fingerprint import fingerprint
@@ -171,6 +172,7 @@ def captured(model: nn.Module) -> CapturedForward:
     Args:
         model: in evaluation mode.
     """
+    require_any_model(model)
     return CapturedForward(model)
 
 

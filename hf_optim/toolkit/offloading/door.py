@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import ModelError
+from ...errors import ModelError, require_any_model
 from ...trust.bounds import shown
 from ..topology import blocks as find_blocks
 from .classes import STATE, BlockState, ModelState, block_class, find_state, model_class, streamed_blocks
@@ -57,6 +57,7 @@ def offload(
     Returns the model. Raises ``ModelError`` for a model that cannot be offloaded, and for budgets that are too small,
     with the least one.
     """
+    require_any_model(model)
     return place(
         model, to, device_memory=device_memory, host_memory=host_memory, ahead=ahead, folder=folder, threads=threads
     )

@@ -162,6 +162,10 @@ def cache_size(
     for name, value in (("batch", batch), ("length", length), ("dtype_bytes", dtype_bytes)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
             raise ModelError(f"{name} must be a positive number, not {shown(value)}")
+    if not isinstance(config, (list, tuple)) and not hasattr(config, "get_text_config"):
+        raise ModelError(
+            f"pass the configuration of a model (model.config), not a value of type {type(config).__name__}"
+        )
     layers = config if isinstance(config, (list, tuple)) else cache_layers(config)
     codes = scales = plain = 0
     for layer in layers:
