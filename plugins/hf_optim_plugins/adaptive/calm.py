@@ -253,7 +253,8 @@ class CALM(Technique):
             return
         if self.confidence == "classifier":
             early_exit.save_classifier(run.model, directory)
-        card.paragraph("Early exits", _card_text(figures))
+        measured = "Quality, memory and times in the results, where there are any, are those of all blocks."
+        card.paragraph("Early exits", f"{_card_text(figures)} {measured}")
         if tested := figures.get("tested"):
             rows = [[threshold, mean, p_value] for threshold, mean, p_value in tested]
             card.table("Thresholds tested", ["threshold", "mean loss", "p-value"], rows)

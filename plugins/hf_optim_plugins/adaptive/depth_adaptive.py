@@ -330,7 +330,8 @@ class DepthAdaptive(Technique):
             "Early exits",
             f"The model was trained with {len(early)} early exits, after {where} of {figures['blocks']} (counted from "
             f"0), each read by {heads}.{decides} Their {figures['exit_parameters']:,} parameters are in `{FILE}`; "
-            "stock transformers ignores them and computes all blocks, and `hf_optim.forward_with_exits` uses them.",
+            "stock transformers ignores them and computes all blocks, and `hf_optim.forward_with_exits` uses them. "
+            "Quality, memory and times in the results, where there are any, are those of all blocks.",
         )
         measured_card(card, figures)
 

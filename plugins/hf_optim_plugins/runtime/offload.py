@@ -102,7 +102,8 @@ class Offload(Technique):
             f"The model was offloaded when it was saved: {blocks['device']} of its blocks were on the device, "
             f"{blocks['host']} in host memory and {blocks['disk']} on disk. A pass over the model moved "
             f"{sizes['moved_by_each_pass']} bytes, and takes at least as long as the link takes for them. This changes "
-            "no weight, and the checkpoint is an ordinary one: where it is loaded, it is not offloaded.",
+            "no weight, and the checkpoint is an ordinary one: where it is loaded, it is not offloaded. Memory and "
+            "times in the results, where there are any, are those of the whole model on its device.",
         )
 
 

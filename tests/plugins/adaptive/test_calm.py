@@ -65,6 +65,7 @@ def test_the_certificate_is_what_the_calibration_set_gives(guarantee, distance, 
     assert torch.equal(hf_optim.generate(again, **given()), expected)
     card = (tmp_path / "README.md").read_text()
     assert "Calibrated on 60 prompts of 8 tokens" in card
+    assert "Quality, memory and times in the results, where there are any, are those of all blocks." in card
     assert "at most 0.4, at level 0.2" in card
     assert any(proven.model in path.read_text() for path in tmp_path.glob("*.json") if path.name != "config.json")
 

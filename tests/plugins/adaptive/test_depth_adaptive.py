@@ -278,6 +278,7 @@ def test_training_makes_exits_better_and_the_checkpoint_is_the_stock_model(tmp_p
         assert torch.equal(stock(input_ids=IDS).logits, model(input_ids=IDS).logits)
     card = (tmp_path / "m" / "README.md").read_text()
     assert "2 early exits, after blocks 0, 1 of 3" in card
+    assert "Quality, memory and times in the results, where there are any, are those of all blocks." in card
 
 
 @pytest.mark.parametrize(

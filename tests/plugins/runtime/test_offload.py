@@ -27,6 +27,7 @@ def test_record_and_card_have_the_plan(tmp_path):
     text = " ".join((tmp_path / "README.md").read_text().split())
     assert f"A pass over the model moved {plan.streamed_bytes} bytes" in text
     assert "where it is loaded, it is not offloaded" in text
+    assert "Memory and times in the results, where there are any, are those of the whole model on its device." in text
     assert json.loads((tmp_path / "hf_optim.json").read_text())["reload"] == "STOCK_DENSE"
     for settings in ({}, {"optim_config": "auto"}):
         assert find_state(AutoModelForCausalLM.from_pretrained(tmp_path, **settings)) is None
