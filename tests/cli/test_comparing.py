@@ -61,6 +61,7 @@ def saved(tmp_path_factory):
     }.items():
         model.save_pretrained(home / name)
         tiny_tokenizer().save_pretrained(home / name)
+    pruned().save_pretrained(home / "mute")  # as a data-free recipe writes it from Python
     return home
 
 
@@ -117,6 +118,8 @@ def test_the_command_prints_json(saved, data, in_this_process, capsys):
     ("words", "reason"),
     [
         (["dense", "wider"], "vocabularies"),
+        (["dense", "mute"], "comparing mute needs the model's tokenizer, and its folder has none"),
+        (["mute", "dense"], "comparing mute needs the model's tokenizer, and its folder has none"),
         (["dense", "nothing"], "there is no such directory"),
         (["dense"], "at least two"),
         (["dense", "dense"], "given twice"),

@@ -16,6 +16,7 @@ import torch
 
 from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
 from ...data.datasets import require_readable
+from ...data.processor_errors import no_image_processor, no_tokenizer
 from ...data.tasks import Task, task_of, task_of_auto_class
 from ...errors import ModelError, OptimError
 from ...evaluation.cards.plots import plot_pareto
@@ -105,12 +106,21 @@ def _require_comparable(job: Comparison) -> None:
     first = job.models[0]
     base = job.source_of(first)
     cls = model_class(base.config)
-    processor = load_processor(base, cls)
+    processor = _processor(base, cls)
     for model in job.models[1:]:
         source = job.source_of(model)
         other = model_class(source.config)
         require_comparable(model, _task(other), source.config, first, _task(cls), base.config)
-        require_same_tokens(model, load_processor(source, other), first, processor)
+        require_same_tokens(model, _processor(source, other), first, processor)
+
+
+def _processor(source: ModelSource, cls: type) -> Any:
+    """Return the tokenizer or image processor of a model. Raises ``DataError`` if there is none."""
+    found = load_processor(source, cls)
+    if found is None:
+        images = getattr(cls, "main_input_name", "") == "pixel_values"
+        raise (no_image_processor if images else no_tokenizer)(f"comparing {source.model} needs")
+    return found
 
 
 def _task(cls: type) -> Task:
