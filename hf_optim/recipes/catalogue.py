@@ -7,18 +7,24 @@ and whose value is the module. The module implements the hook ``register_techniq
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import pluggy
 
 from ..errors import RecipeError
-from ..trust.bounds import shown
+from ..trust.bounds import first_line, shown
 from . import hooks
 from .field_checks import did_you_mean, nearest
 from .technique import Technique
 
 GROUP = "hf_optim"
+log = logging.getLogger(__name__)
+
+
+class BrokenPackage(RecipeError):
+    """The module that an entry point names cannot be imported."""
 
 
 class Catalogue:
@@ -62,11 +68,32 @@ class Catalogue:
         return self._classes[name]
 
     def all(self) -> list[type[Technique]]:
-        """Return all technique classes, sorted by family and name. Imports all modules."""
-        return sorted((self.get(name) for name in self.names()), key=lambda c: (c.spec.family, c.spec.name))
+        """Return all technique classes, sorted by family and name. Imports all modules.
+
+        Those of packages that cannot be imported are left out, with a warning for each.
+        """
+        found = []
+        for name in self.names():
+            try:
+                found.append(self.get(name))
+            except BrokenPackage as error:
+                log.warning("%s", error)
+        return sorted(found, key=lambda c: (c.spec.family, c.spec.name))
+
+    def packages(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the packages that bring these techniques, and their versions; none for classes without a package."""
+        found = (self._entry_points[name].dist for name in names if name in self._entry_points)
+        return {package.name: package.version for package in found if package is not None}
 
     def _load(self, entry: importlib.metadata.EntryPoint) -> None:
-        module = entry.load()
+        try:
+            module = entry.load()
+        except Exception as error:  # the module may be anybody's
+            package = f" of the package {entry.dist.name}" if entry.dist is not None else ""
+            raise BrokenPackage(
+                f"the technique {entry.name!r}{package} cannot be imported from {entry.value}: "
+                f"{first_line(error, typed=True)}. Mend, update or uninstall the package"
+            ) from error
         if not self._manager.is_registered(module):
             self._manager.register(module, name=module.__name__)
             self._manager.check_pending()

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError, OptimError
+from ..recipes.catalogue import catalogue
 from ..recipes.composition import Stage
 from ..recipes.config import OptimConfig
 from ..recipes.technique import Technique
@@ -73,7 +74,10 @@ class Run:
     def __init__(self, recipe: OptimConfig, config: PretrainedConfig, manager: pluggy.PluginManager) -> None:
         self.recipe = recipe
         self.config = config
-        self.record = Record(recipe=public_recipe(recipe.to_dict()), versions=versions(), reload=recipe.reload.name)
+        packages = catalogue().packages(step.spec.name for step in recipe.steps)
+        self.record = Record(
+            recipe=public_recipe(recipe.to_dict()), versions=packages | versions(), reload=recipe.reload.name
+        )
         self.traits: set[Trait] = set()
         self.masks: dict[str, torch.Tensor] = {}
         self.nm_patterns: dict[str, tuple[int, int]] = {}
