@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.eval_samples,
         seq_len=args.seq_len,
     )
-    with result_alone(args.quiet), distributed.joined(), without_coverage_log():
+    with result_alone(args.quiet), distributed.joined(), without_coverage_log(), _resumable(args.output):
         done = compress(
             Job(
                 source=source_from_args(args),
@@ -126,6 +126,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_result(done.record)
     return 0
+
+
+@contextlib.contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    """Say how to continue if the body is interrupted after a part of the work was kept."""
+    from .jobs.compress import has_kept_work
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if has_kept_work(output):
+            print("hf-optim: the finished part is kept: the same command with --resume continues", file=sys.stderr)
+        raise
 
 
 def result_of(record: Record, output: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tiny_models import tiny_llama
 
 from hf_optim.cli import COMMANDS, main
 
@@ -42,3 +43,22 @@ def test_no_command_leaves_an_argument_over(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "a", "b", "c", "--no-such-option"])
     assert f"hf-optim {command}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_interrupted_run_says_how_to_continue_if_a_part_of_it_is_kept(kept, tmp_path, monkeypatch, capsys):
+    tiny_llama().save_pretrained(tmp_path / "m")
+
+    def interrupted(job):
+        home = tmp_path / ".out.journal"
+        home.mkdir()
+        (home / "journal.json").write_text("{}")
+        if kept:
+            (home / "block.safetensors").write_bytes(b"")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_optim.cli.jobs.compress.compress", interrupted)
+    assert main(["compress", str(tmp_path / "m"), "--recipe", "w8a8", "--output", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr().err
+    assert ("the same command with --resume continues" in said) == kept
+    assert said.endswith("hf-optim: interrupted\n")

@@ -28,6 +28,7 @@ from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ...runs import distributed, progress
 from ...runs.folder_lock import locked, real_path
 from ...runs.record import public_name
+from ...runs.resume_header import HEADER
 from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
 from ...toolkit.checkpoint.placement import NewHeads
@@ -206,6 +207,11 @@ def _require_spill(spill: str | os.PathLike[str] | None) -> None:
     if spill is not None:
         with spill_folder(spill):
             pass
+
+
+def has_kept_work(output: Path) -> bool:
+    """Return True if an interrupted run to ``output`` left blocks or training checkpoints that ``resume`` takes up."""
+    return any(path.is_file() and path.name != HEADER for path in _journal_home(output).rglob("*"))
 
 
 def _journal_home(output: Path) -> Path:
