@@ -56,7 +56,7 @@ def render_index(folder: Path | str) -> str:
 
 
 def _require_ours(path: Path, mark: str) -> None:
-    """Refuse to replace a page that is no index of hf_optim: the folder may be somebody's project."""
+    """Refuse to replace a page that hf_optim did not write: the folder may hold a project with pages of its own."""
     if not os.path.lexists(path):
         return
     begins = b""
