@@ -280,15 +280,17 @@ class OptimConfig:
 
 
 def _instead_of_a_name(text: str) -> str:
-    """Return what to write in place of a text that is no name: a folder, a recipe itself, several names; else ""."""
+    """Return what to write in place of a text that is not a name: a folder, a recipe itself, several names; else ""."""
     if not text.strip():
         return "it is empty; `hf-optim list` shows the names"
     if text.lower() == "auto":
-        return 'optim_config="auto" (in small letters) loads a compressed checkpoint on kernels, and is no recipe'
+        return 'optim_config="auto" (in small letters) loads a compressed checkpoint on kernels; it is not a recipe'
     if os.path.isdir(text):
         return "it is a folder; name a recipe, or a .yaml or .json file"
     if text.lstrip().startswith(("{", "[")):
-        return "write a recipe that is no name into a .yaml or .json file (in Python, pass it as a mapping or a list)"
+        return (
+            "write a recipe that is not a name into a .yaml or .json file (in Python, pass it as a mapping or a list)"
+        )
     if "," in text:
         return "several steps are a list, in a .yaml or .json file (in Python, a list)"
     return ""

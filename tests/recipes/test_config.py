@@ -68,7 +68,7 @@ def test_the_promised_recipes_are_shipped():
         ("", "no recipe '': it is empty"),
         ("AUTO", "no recipe 'AUTO': optim_config=\"auto\" (in small letters)"),
         ("/", "no recipe '/': it is a folder"),
-        ('{"technique": "rtn"}', "write a recipe that is no name into a .yaml or .json file"),
+        ('{"technique": "rtn"}', "write a recipe that is not a name into a .yaml or .json file"),
         ("smoothquant,gptq", "no recipe 'smoothquant,gptq': several steps are a list"),
         ({"stepz": []}, "no key 'stepz'; did you mean 'steps'"),
         ({"steps": [RTN], "driver": "streamd"}, "driver must be one of"),
