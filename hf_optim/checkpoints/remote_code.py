@@ -30,7 +30,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..compressed.dense_conversions import keep_float_stacks
+from ..compressed.dense_conversions import forget_conversions, keep_float_stacks
 from ..errors import ModelError
 from ..toolkit.modules import remote_code_guard
 from ..toolkit.modules.transplant import auto_classes
@@ -119,6 +119,7 @@ def convert(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedM
         setattr(config, code.field, value)
         config.auto_map = dict(module.AUTO_MAP)
     model.__class__ = getattr(module, name)
+    forget_conversions(model)
     keep_float_stacks(model)
     return model
 
@@ -162,6 +163,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         for name in (field, "auto_map"):
             config.__dict__.pop(name, None)
     model.__class__ = stock
+    forget_conversions(model)
     return model
 
 

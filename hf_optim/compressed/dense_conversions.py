@@ -29,6 +29,16 @@ def keep_model_names(model: Any) -> None:
     keep_float_stacks(model)
 
 
+def forget_conversions(model: Any) -> None:
+    """Make ``save_pretrained`` write the tensors that the loader of the model's class reads; call it if that changed.
+
+    transformers keeps the conversions with which it loaded a model, and saves under the names of that checkpoint. They
+    belong to the class that was loaded: those of Mixtral's experts are looked up by its ``model_type``, and another
+    type would find no weights of experts. Without them, transformers saves as it would load.
+    """
+    vars(model).pop("_weight_conversions", None)
+
+
 def keep_float_stacks(model: Any) -> None:
     """Make ``save_pretrained`` write experts in floating point stacked, if the class of the model reads them so.
 

@@ -99,10 +99,19 @@ def train(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return run.model.eval()
 
 
+def loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Save a model and load it again, as users have it: transformers then knows the names in its checkpoint."""
+    model.save_pretrained(folder)
+    again: PreTrainedModel = type(model).from_pretrained(folder).eval()
+    for tensor in (*again.parameters(), *again.buffers()):
+        tensor.data = tensor.data.clone()  # those of a mapped file may be unaligned, and sums then round differently
+    return again
+
+
 def attempt(cls: type[Technique], architecture: str, folder: Path) -> PreTrainedModel | None:
     """Return the optimized tiny model, or None if the technique refuses the architecture with a reason."""
     try:
-        return optimize_tiny(cls, TINY[architecture](), folder)
+        return optimize_tiny(cls, loaded(TINY[architecture](), folder / "source"), folder)
     except (ModelError, RecipeError) as refusal:
         text = str(refusal)
     assert len(text) > 30, f"a refusal must give the reason: {text}"

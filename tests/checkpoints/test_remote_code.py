@@ -11,6 +11,7 @@ import sys
 import textwrap
 
 import pytest
+import tiny_mixtures
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -27,11 +28,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from hf_optim import DataConfig, ModelError, OptimConfig, optimize
+from hf_optim import DataConfig, ModelError, OptimConfig, optimize, restore
 from hf_optim.checkpoints import remote_code
 from hf_optim.checkpoints.remote_code import RemoteCode
+from hf_optim.recipes.catalogue import catalogue
 from hf_optim.testing.models import TINY
-from hf_optim.toolkit import topology
+from hf_optim.toolkit import attention, topology
 from hf_optim.toolkit.modules import remote_code_guard, replace
 from hf_optim_plugins.attention.local import Local
 
@@ -291,6 +293,37 @@ def test_a_module_is_found_with_and_without_a_head():
     assert replace.resolve_module_name(model, UP.removeprefix("bert.")) == UP
     assert replace.resolve_module_name(model.bert, UP) == UP.removeprefix("bert.")
     assert replace.resolve_module_name(model, "bert.encoder.layer.9.output") is None
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("step", ["strided", "gobo"])
+def test_a_mixture_that_was_loaded_keeps_its_experts(architecture, step, tmp_path):
+    """Its stock class reads one matrix of each expert, by conversions for its ``model_type`` that no other type has."""
+    base = tiny_mixtures.build(architecture) if architecture not in TINY else TINY[architecture]()
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", optim_config=step).eval()
+    restore(model)
+    attention.attach_again(model)
+    model.save_pretrained(tmp_path / "out")
+    again, found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    torch.testing.assert_close(logits(again.eval()), logits(model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.many
+@pytest.mark.parametrize(
+    "name", [name for name in catalogue().names() if hasattr(catalogue().get(name), "remote_code")]
+)
+def test_a_subclass_of_a_generated_class_has_its_forward(name):
+    """Offloaded models and those with a capacity have a subclass of their class, whose forward is not wrapped again."""
+    module = remote_code.generate(catalogue().get(name).remote_code, GPT2Config)
+    own = getattr(module, f"{catalogue().get(name).remote_code.prefix}GPT2LMHeadModel")
+    subclass = type(own.__name__, (own,), {})
+    assert subclass.forward is own.forward
+    assert subclass.generate is own.generate
 
 
 def test_revert_restores_the_stock_classes():

@@ -231,10 +231,14 @@ class SetModel(LearnedModel):
 
     can_detach = False  # it has other weights
 
+    is_pooled = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "forward"):
+        # A subclass of one whose forward pools, such as that of an offloaded model, inherits or calls it.
+        if hasattr(cls, "forward") and not any(vars(base).get("is_pooled") for base in cls.__mro__[1:]):
             cls.forward = pooled(cls.forward)
+            cls.is_pooled = True
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         settings = getattr(config, FIELD, None)

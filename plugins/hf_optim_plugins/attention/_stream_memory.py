@@ -195,10 +195,14 @@ def models_within(model: nn.Module) -> list[Any]:
 class WithStreams:
     """Mixin of a class whose forward takes ``stream``."""
 
+    takes_streams = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "forward"):
+        # A subclass of one whose forward takes streams, such as that of an offloaded model, inherits or calls it.
+        if hasattr(cls, "forward") and not any(vars(base).get("takes_streams") for base in cls.__mro__[1:]):
             cls.forward = with_streams(cls.forward)
+            cls.takes_streams = True
 
     def prepare_body(self, given: dict[str, Any], stream: Tensor | None) -> tuple[StreamMemory, BetweenForwards] | None:
         """Change the arguments of a body's forward, by name, in place, and return the memory of ``stream``."""

@@ -194,6 +194,7 @@ class TaskModel(MixturesInDense):
     """
 
     replaced_field = "task_moe"
+    takes_tasks = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         field = getattr(self.config, self.replaced_field, None) or {}  # type: ignore[attr-defined]
@@ -203,6 +204,9 @@ class TaskModel(MixturesInDense):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if any(vars(base).get("takes_tasks") for base in cls.__mro__[1:]):
+            return  # a subclass, such as that of an offloaded model, inherits or calls that forward
+        cls.takes_tasks = True
         cls.forward = with_tasks(cls.forward)  # type: ignore[attr-defined, method-assign]
         if hasattr(cls, "generate"):
             cls.generate = noting_tasks(cls.generate)

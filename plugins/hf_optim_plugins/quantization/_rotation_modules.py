@@ -109,7 +109,8 @@ class RotatedScores:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.forward = forward_with_rotation(cls.__mro__[2])  # type: ignore[attr-defined]
+        if cls.__mro__[1] is RotatedScores:  # a subclass of such a class inherits or calls that forward
+            cls.forward = forward_with_rotation(cls.__mro__[2])  # type: ignore[attr-defined]
 
     def to_dense(self) -> tuple[Any, bool]:
         """Return the stock module, this one in its former class, and True: it computes the same."""

@@ -33,6 +33,14 @@ def test_record_and_card_have_the_plan(tmp_path):
         assert find_state(AutoModelForCausalLM.from_pretrained(tmp_path, **settings)) is None
 
 
+def test_a_class_whose_forward_takes_an_argument_of_its_own_is_offloaded():
+    recipe = [{"technique": "transformer_xl", "segment": 3, "memory": 4}]
+    expected, model = hf_optim.optimize(tiny_llama(), recipe), hf_optim.optimize(tiny_llama(), [*recipe, STEP])
+    with torch.no_grad():
+        inputs = inputs_for(model)
+        assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
+
+
 def test_a_restored_model_is_saved_with_its_record(tmp_path):
     model = hf_optim.optimize(tiny_llama(), STEP)
     hf_optim.restore(model).save_pretrained(tmp_path)
