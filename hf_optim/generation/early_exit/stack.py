@@ -159,7 +159,12 @@ class Stack:
             states: list[Tensor] = []
             self.forward(passage, ids[:, 3:], mask, None, ours)
             gap = _gap(self.logits(self.count - 1, states[-1])[:, -1], expected.logits[:, -1].float())
-            for layer, (keys, values) in zip(stock.layers, written, strict=True):
+            for index, (layer, (keys, values)) in enumerate(zip(stock.layers, written, strict=True)):
+                if layer.keys.dim() != keys.dim() or not layer.keys.shape[2]:
+                    raise made(
+                        f"block {index} of {type(model).__name__} does not keep the key of its latest token in the "
+                        "cache, so that those of tokens that leave early cannot be compared with the model's"
+                    )
                 gap = max(gap, _gap(keys, layer.keys[:, :, -1:]), _gap(values, layer.values[:, :, -1:]))
         if not gap <= (5e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-3):
             raise ModelError(

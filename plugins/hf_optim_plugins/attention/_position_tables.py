@@ -153,9 +153,9 @@ def _longer(buffer: Tensor, shape: torch.Size) -> Tensor | None:
     """Return a buffer that counts positions, is all zero, or is a causal mask, in another shape; None for others."""
     ones = torch.ones(shape, device=buffer.device, dtype=buffer.dtype)
     makers = (
-        lambda like: torch.arange(like.shape[-1], device=buffer.device, dtype=buffer.dtype).expand_as(like),
+        lambda like: torch.arange(like.shape[-1], device=buffer.device).to(buffer.dtype).expand_as(like),
         torch.zeros_like,
-        lambda like: like.tril() if like.dim() > 1 and like.shape[-1] == like.shape[-2] else like * 2,
+        lambda like: like.tril() if like.dim() > 1 and like.shape[-1] == like.shape[-2] else torch.zeros_like(like),
     )
     for make in makers:
         if torch.equal(make(torch.ones_like(buffer)), buffer):

@@ -29,7 +29,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from hf_optim import (
     Card,
@@ -172,6 +173,8 @@ class Terraformer(Technique):
         names = blocks_of(model, label)
         about = {"kernel": 3, "concat": self.concat, "output": "none", "share_qk": self.lsh}
         projections, lsh = {}, {}
+        if self.lsh:
+            _require_plain_attention(model, label)
         if self.lsh or self.sparse_qkv:
             text = model.config.get_text_config()
             width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -255,6 +258,15 @@ class Terraformer(Technique):
             f"{figures['parameters_after']:,} parameters; the decoder of which it has the vocabulary and the width has "
             f"{figures['parameters_before']:,}.",
         )
+
+
+def _require_plain_attention(model: PreTrainedModel, label: str) -> None:
+    """Raise ``ModelError`` for a model whose attention has what LSH attention has not: windows, caps of its scores."""
+    text = model.config.get_text_config()
+    windows = any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers)
+    if windows or getattr(text, "attn_logit_softcapping", None) is not None:
+        what = "sees a sliding window in some layers" if windows else "caps the scores of its attention"
+        raise ModelError(f"{label}: {type(model).__name__} {what}, and LSH attention does not: set lsh: false")
 
 
 @hookimpl

@@ -183,6 +183,13 @@ def test_wrong_fields_and_models_are_refused():
         hf_optim.optimize(decoder("llama", double=False), [one], calibration=ROWS[:1])
 
 
+@pytest.mark.parametrize("attention", [{"technique": "axial", "columns": 2}, {"technique": "compressed", "local": 2}])
+def test_caches_that_do_not_keep_the_latest_key_are_refused(attention):
+    step = {"technique": "calm", "guarantee": "none", "threshold": 0.5, "length": 16}
+    with pytest.raises(ModelError, match=r"step 2 \(calm\): block 0 of .* does not keep the key of its latest token"):
+        hf_optim.optimize(decoder("llama", double=False), [attention, step])
+
+
 def test_one_prompt_proves_a_bound_that_is_weak_enough():
     model = hf_optim.optimize(decoder("llama", double=False), [{**CALM, "delta": 0.9}], calibration=ROWS[:1])
     certificate = early_exit.settings_of(model.config).certificate

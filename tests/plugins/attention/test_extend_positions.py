@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import hf_optim
-from hf_optim import ModelError, RecipeError
+from hf_optim import ModelError, RecipeError, optimize
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -276,3 +276,14 @@ def test_fields_are_checked(fields):
 def test_one_step_of_a_recipe_extends_positions():
     with pytest.raises(RecipeError, match="positions"):
         extended(tiny_bert(), {"technique": "extend_positions", "length": 300})
+
+
+def test_a_causal_mask_of_truth_values_is_longer_too():
+    """GPTBigCode, which ``mqa`` makes of GPT-2, has such a buffer."""
+    made = optimize(tiny_gpt2(), [{"technique": "mqa"}])
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        expected = made(ids).logits
+        longer = optimize(made, [{"technique": "extend_positions", "length": 96}])
+        assert torch.equal(longer(ids).logits, expected)
+        assert longer(torch.arange(90)[None] % 60).logits.shape[1] == 90

@@ -7,8 +7,8 @@ import textwrap
 
 import pytest
 import torch
-from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from tiny_models import DECODER, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
+from transformers import AutoModelForCausalLM, MistralConfig, Trainer, TrainingArguments
 
 import hf_optim
 from hf_optim import ModelError, RecipeError
@@ -282,6 +282,9 @@ def test_models_and_settings_that_do_not_fit_are_refused():
         terraformer(tiny_llama(), rank=64)
     with pytest.raises(ModelError, match="factors of the number of buckets"):
         terraformer(tiny_llama(), buckets=[3])
+    windowed = AutoModelForCausalLM.from_config(MistralConfig(**DECODER, sliding_window=6))
+    with pytest.raises(ModelError, match=r"sees a sliding window in some layers, .* set lsh: false"):
+        terraformer(windowed)
     with pytest.raises(RecipeError):
         terraformer(tiny_llama(), recurrence=-1)
 
