@@ -118,6 +118,22 @@ def test_packed_and_restored(case, dtype, tmp_path):
     hf_optim.restore(model)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4], CASES[6]], ids=str)
+def test_layers_that_were_cast_are_restored_as_if_they_had_been_loaded_in_that_dtype(case, tmp_path):
+    model = quantize(tiny_llama(), **case)
+    model.save_pretrained(tmp_path / "out")
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected(TOKENS)  # stock transformers decodes now
+    hf_optim.restore(hf_optim.accelerate(model, [NAIVE]).to(torch.bfloat16))
+    found = dict(model.named_parameters())
+    kept = {name: value for name, value in expected.named_parameters() if not name.endswith("weight_shape")}
+    assert all(torch.equal(value, found[name]) for name, value in kept.items())
+    model.save_pretrained(tmp_path / "cast")
+    stored, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "cast"))
+    assert stored.keys() == kept.keys()
+
+
 def test_a_weight_off_its_grid_stays(model, x):
     model.get_submodule(UP).weight.mul_(1.01)
     dense = model.get_submodule(UP)(x)

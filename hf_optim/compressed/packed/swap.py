@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..codes import scale_tensors, store_arguments
+from ..codes import decode, scale_tensors, store_arguments
 from ..float4 import GLOBAL, holds_float4
 from ..quantized_forward import is_quantized_forward
 from ..weights import Codes, QuantizedWeight
@@ -116,11 +116,20 @@ def _no_codes() -> Codes:
 
 @torch.no_grad()
 def unpack(module: PackedLinear) -> None:
-    """Undo ``pack``, bit-exact. The layers that it was fused with get their own packed weights again."""
+    """Undo ``pack``, bit-exact. The layers that it was fused with get their own packed weights again.
+
+    If the model was cast to a narrower dtype, the scales are rounded to it, as they are when a checkpoint is loaded in
+    that dtype.
+    """
     module.packing.unfuse_norm()
     if module.packing.group is not None:
         module.packing.group.disband()
     packing, codes, weight = module.packing, module.codes(), module.decoded()
+    if codes.scale is not None and codes.scale.itemsize > weight.itemsize:
+        # a kernel has a class of its own for its codes
+        given: dict[str, Any] = {part.name: getattr(codes, part.name, None) for part in fields(Codes)}
+        codes = Codes(**{**given, "scale": codes.scale.to(weight.dtype)})
+        weight = decode(codes, packing.description.bits, weight.dtype)
     scheme: Any = getattr(module, "quantization_scheme", None)
     del module._modules[PACKED_WEIGHT]
     for name in ("packing", "_run", "_accepts"):
