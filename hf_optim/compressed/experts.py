@@ -224,8 +224,13 @@ def discard_decoding(model: Any) -> None:
 
     The conversions that include the decoding are replaced by the model's own.
     """
-    if any(hasattr(op, "hf_quantizer") for one in compat.weight_conversions(model) for op in _operations(one)):
+    if has_decoding(model):
         stack_again(model)
+
+
+def has_decoding(model: Any) -> bool:
+    """Return True if transformers decoded weights of a model as part of the conversions that loaded it."""
+    return any(hasattr(op, "hf_quantizer") for one in compat.weight_conversions(model) for op in _operations(one))
 
 
 def stack_again(model: Any) -> None:

@@ -106,6 +106,7 @@ def load(
     model, info = _load_placed(stock, source, args, run.config, files, kwargs, new_heads)
     run.loading = False
     attach_exits(model, source, kwargs)
+    recipe.check(traits_of(model))  # what its configuration alone does not show
     attach_model(run, model, source, kwargs.get("revision"))
     if files:
         run.record.measured["before"] = {"bytes_on_disk": sum(path.stat().st_size for path in files)}

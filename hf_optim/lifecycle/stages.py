@@ -27,6 +27,7 @@ from ..calibration.media_inputs import require_media
 from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_multimodal_processor, find_processor
+from ..compressed.packed.accelerate import decode_loaded
 from ..errors import MAX_MESSAGE, DataError, OptimError, RecipeError, require_any_model
 from ..recipes import hooks
 from ..recipes.composition import Stage, step_label
@@ -36,7 +37,7 @@ from ..recipes.field_checks import did_you_mean
 from ..recipes.technique import MARK, Technique
 from ..runs import training_watch
 from ..runs.acceptance import require_finite, require_model
-from ..runs.claims import warn_unfulfilled
+from ..runs.claims import settle_reload, warn_unfulfilled
 from ..runs.coverage import note_left_alone, record_coverage, recount_zeros, require_effective
 from ..runs.memory import PeakMemory
 from ..runs.progress import silenced
@@ -114,6 +115,8 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
     stage = _current(run)
     if work is None:  # an error here leaves the stage pending: nothing has changed
         require_model(run.model)
+        if any(step.phases() - {Phase.LOAD} for step in run.recipe.steps):
+            decode_loaded(run.model)
         _load_data(run, stage)
         require_finite(run.model, "", "")
         _require_effective_patterns(run, stage)
@@ -193,6 +196,7 @@ def complete_stage(run: Run) -> None:
     run.record.finished = run.finished
     run.record.traits = sorted(str(t) for t in run.traits)
     if run.finished:
+        settle_reload(run)
         run.drop_inputs()
 
 

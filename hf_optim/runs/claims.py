@@ -1,35 +1,30 @@
-"""Compare the traits that the contracts of completed steps add with what the steps left in the run and the model.
+"""Compare what completed steps declare, traits and reload level, with what they left in the run and the model.
 
 A contract is a declaration. Later steps rely on it (a quantizer keeps the zeros of ``run.masks``), so a step that
 declares a trait and does not produce it is named on the log and on the card. This looks at the state of the run only;
 ``hf_optim.testing.trait_checks`` checks traits in the tensors.
+
+The reload level of a step is what its own work requires. How the checkpoint is loaded also depends on the model that
+the run was given, which may have code of its own or quantized weights, and on what other steps made of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from ..recipes.contract import Reload
 from ..recipes.technique import Technique
 from ..recipes.traits import BITS_ASSIGNED, MOE, QUANTIZED, SPARSE, SPARSE_NM, Trait
 from ..toolkit.topology import has_experts
-from .run import Run
-
-
-def has_codes(run: Run) -> bool:
-    """Return True if a module of the model holds quantized weights."""
-    # Modules of remote code that hold codes have the attribute holds_codes.
-    return any(
-        getattr(module, "quantization_scheme", None) is not None or getattr(module, "holds_codes", False)
-        for module in run.model.modules()
-    )
-
+from ..trust.code import is_stock
+from .run import Run, has_codes
 
 # Trait -> what shows it, and what is missing if it does not.
 EVIDENCE: dict[Trait, tuple[Callable[[Run], bool], str]] = {
     SPARSE: (lambda run: bool(run.masks), "run.masks is empty, so nothing would keep weights at zero"),
     SPARSE_NM: (lambda run: bool(run.nm_patterns), "run.nm_patterns is empty, so nothing would keep the pattern"),
     BITS_ASSIGNED: (lambda run: bool(run.bit_plan), "run.bit_plan is empty"),
-    QUANTIZED: (has_codes, "no layer has a quantization scheme"),
+    QUANTIZED: (lambda run: has_codes(run.model), "no layer has a quantization scheme"),
     MOE: (lambda run: has_experts(run.model), "the model has no experts"),
 }
 
@@ -41,3 +36,21 @@ def warn_unfulfilled(run: Run, steps: Iterable[Technique]) -> None:
             shows, missing = EVIDENCE[trait]
             if not shows(run):
                 run.warn(step, f"it declares that it adds {trait}, but {missing}")
+
+
+def settle_reload(run: Run) -> None:
+    """Set the reload level on the record to that of the model as it is.
+
+    Until then the record has the level that the recipe declares, or that a step has set. A class whose code is in
+    the checkpoint is ``REMOTE_CODE``. Of a class of transformers, quantized weights are at least
+    ``STOCK_FORMAT``, and floating-point ones are not that.
+    """
+    model, level = run.model, Reload[run.record.reload]
+    if not is_stock(model) and getattr(model.config, "auto_map", None):
+        level = Reload.REMOTE_CODE
+    elif level is Reload.REMOTE_CODE:
+        same = type(model).__name__ == run.record.base_model.get("class")
+        level = Reload.STOCK_DENSE if same else Reload.STOCK_ARCH
+    if level in (Reload.STOCK_DENSE, Reload.STOCK_FORMAT):
+        level = Reload.STOCK_FORMAT if QUANTIZED in run.traits else Reload.STOCK_DENSE
+    run.record.reload = level.name

@@ -339,12 +339,19 @@ def traits_of_config(config: PretrainedConfig) -> set[Trait]:
     return traits
 
 
+def has_codes(model: nn.Module) -> bool:
+    """Return True if a module of the model holds quantized weights."""
+    # Modules of remote code that hold codes have the attribute holds_codes.
+    return any(
+        getattr(module, "quantization_scheme", None) is not None or getattr(module, "holds_codes", False)
+        for module in model.modules()
+    )
+
+
 def traits_of(model: nn.Module) -> set[Trait]:
     """Return the traits of a model that has no run yet."""
     config = getattr(model, "config", None)
-    quantized = getattr(config, "quantization_config", None) is not None or any(
-        getattr(m, "quantization_scheme", None) is not None for m in model.modules()
-    )
+    quantized = getattr(config, "quantization_config", None) is not None or has_codes(model)
     traits = {QUANTIZED} if quantized else {FLOAT_WEIGHTS}
     if topology.has_experts(model):
         traits.add(MOE)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..recipes.traits import BITS_ASSIGNED, FLOAT_WEIGHTS, MOE, QUANTIZED, SPARSE, SPARSE_NM, Trait
-from ..runs.claims import has_codes
 from ..runs.masking import stray_weights
+from ..runs.run import has_codes
 from ..toolkit.pruning.masks import parameter_has_nm_pattern
 from ..toolkit.topology.experts import expert_linears, has_experts
 
@@ -22,7 +22,7 @@ def holds(trait: Trait, run: Run) -> bool:
 
 
 def _has_float_weights(run: Run) -> bool:
-    return not has_codes(run)
+    return not has_codes(run.model)
 
 
 def _has_bit_plan(run: Run) -> bool:
@@ -46,7 +46,7 @@ def _is_sparse_nm(run: Run) -> bool:
 
 CHECKS: dict[Trait, Callable[[Run], bool]] = {
     FLOAT_WEIGHTS: _has_float_weights,
-    QUANTIZED: has_codes,
+    QUANTIZED: lambda run: has_codes(run.model),
     BITS_ASSIGNED: _has_bit_plan,
     SPARSE: _is_sparse,
     SPARSE_NM: _is_sparse_nm,

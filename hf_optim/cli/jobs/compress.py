@@ -23,9 +23,9 @@ from ...errors import CheckpointError
 from ...evaluation.evaluate import compare
 from ...lifecycle.loading import optimize
 from ...lifecycle.stages import advance
-from ...recipes.contract import Reload
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ...runs import distributed, progress
+from ...runs.claims import settle_reload
 from ...runs.folder_lock import locked, real_path
 from ...runs.record import public_name
 from ...runs.resume_header import HEADER
@@ -190,8 +190,7 @@ def _make_dense(run: Run) -> None:
     rounded = dense.convert_to_dense(run.model)
     run.traits = (run.traits - {QUANTIZED}) | {FLOAT_WEIGHTS}
     run.record.traits = sorted(map(str, run.traits))
-    if run.record.reload == Reload.STOCK_FORMAT.name:
-        run.record.reload = Reload.STOCK_DENSE.name
+    settle_reload(run)
     run.record.note(
         "Written as its dense equivalent: the weights have the values of the compressed format, stored uncompressed."
     )

@@ -21,7 +21,7 @@ from ...runs.run import Run, find_run
 from ...toolkit import attention, experts, packing, topology
 from ...toolkit.offloading import find_state, restore_weights
 from ...toolkit.topology.linear_layers import parameter_names
-from ..experts import expert_schemes
+from ..experts import expert_schemes, has_decoding
 from ..outlier_columns import outlier_thresholds
 from ..quantized_forward import release_forwards
 from . import codebook_layers
@@ -166,20 +166,21 @@ def make_savable(model: nn.Module) -> None:
     """Make ``save_pretrained`` write the stored format of packed layers, also of a model that others quantized.
 
     The same for layers that stock transformers loaded and that were only decompressed: it would save their dense
-    weights beside the scales, which no loader reads.
+    weights beside the scales, which no loader reads, and cannot save experts that it decoded.
     """
     inner: Any = _pretrained(model)
     if inner is None:
         return
     quantized = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
     former = getattr(inner, "hf_quantizer", None)
-    if not any(isinstance(module, (PackedLinear, PackedExperts)) for module in quantized) and (
-        former is None or not any(_is_decompressed(module) for module in quantized)
-    ):
+    decoded = former is not None and (has_decoding(inner) or any(_is_decompressed(module) for module in quantized))
+    if not decoded and not any(isinstance(module, (PackedLinear, PackedExperts)) for module in quantized):
         return
-    from ..quantizer import attach_quantizer, quantizer_class
+    from ..quantizer import attach_quantizer, detach_quantizer, quantizer_class
 
-    if not isinstance(former, quantizer_class()):
+    if not quantized and not any(expert_schemes(module) for module in model.modules()):
+        detach_quantizer(inner)  # of experts alone, which are decoded for good
+    elif not isinstance(former, quantizer_class()):
         inner.__dict__[ATTACHED] = former is None
         attach_quantizer(inner)
 
@@ -286,6 +287,16 @@ def _shared(model: nn.Module) -> dict[str, str]:
     """Map the name of each parameter that has several names to another one of them."""
     several = [names for names in parameter_names(model).values() if len(names) > 1]
     return {name: names[i == 0] for names in several for i, name in enumerate(names)}
+
+
+def decode_loaded(model: nn.Module) -> None:
+    """Give the layers of a compressed checkpoint that stock transformers loaded their weights, as a forward would.
+
+    Until the first forward of the whole model they have none, so that a part of it cannot be called.
+    """
+    for module in model.modules():
+        _decompress(module)
+    _decompress_rest(model)
 
 
 def _decompress(module: nn.Module) -> None:

@@ -75,14 +75,29 @@ class Result:
     @property
     def has_narrow_inputs(self) -> bool:
         """True if inputs of layers are quantized to integers of 4 bits, which no kernel multiplies."""
+        return any(
+            isinstance(one, Mapping) and (one.get("type"), one.get("num_bits")) == ("int", 4) for one in self._inputs()
+        )
+
+    @property
+    def is_compressed_encoder_decoder(self) -> bool:
+        """True if its encoder, which ``generate`` calls by itself, has compressed layers."""
+        return self.is_compressed_tensors and (self.config or {}).get("is_encoder_decoder") is True
+
+    @property
+    def has_one_weight_scheme(self) -> bool:
+        """True if all of its compressed layers have one scheme, for weights alone."""
+        return self._inputs() == [None]
+
+    def _inputs(self) -> list[Any]:
+        """Return for each scheme of compressed-tensors how inputs are quantized; None for inputs as they are."""
         stored = (self.config or {}).get("quantization_config")
         groups = stored.get("config_groups") if isinstance(stored, Mapping) else None
-        inputs = [
+        return [
             group.get("input_activations")
             for group in (groups.values() if isinstance(groups, Mapping) else ())
             if isinstance(group, Mapping)
         ]
-        return any(isinstance(one, Mapping) and (one.get("type"), one.get("num_bits")) == ("int", 4) for one in inputs)
 
     @property
     def has_capacity(self) -> bool:

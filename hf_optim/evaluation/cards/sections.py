@@ -132,6 +132,8 @@ def loading(result: Result) -> str:
     text = f"{level.value[0].upper()}{level.value[1:]}"
     if level is Reload.STOCK_ARCH and result.model_class() == result.record.base_model.get("class"):
         text = "The class of the original, which ships in transformers"
+    if level is Reload.STOCK_FORMAT and not result.is_compressed_tensors:
+        text = "A format that transformers reads natively"  # that of the checkpoint that was optimized
     if result.is_compressed_tensors and level is not Reload.STOCK_FORMAT:
         text += f", with weights in {Reload.STOCK_FORMAT.value}"
     parts = [f"{text}."]
@@ -142,6 +144,8 @@ def loading(result: Result) -> str:
             "With hf_optim installed, `hf_optim.remote_code.register(...)`, called with the `model_type` of "
             "`config.json`, replaces `trust_remote_code` in these calls."
         )
+    if result.is_compressed_encoder_decoder:
+        parts += _generating(task, result, trust)
     if result.has_capacity:
         parts.append(
             "**This computes the experts without their capacity**, which no class of transformers has: nothing is "
@@ -164,6 +168,22 @@ def loading(result: Result) -> str:
             )
         )
     return "\n\n".join(parts)
+
+
+def _generating(task: Task, result: Result, trust: str) -> list[str]:
+    """Render how an encoder-decoder with compressed layers generates in stock transformers."""
+    text = (
+        "Loaded so, stock transformers does not `generate` (as of 5.24): it calls the encoder by itself, and before a "
+        "forward of the whole model its layers have no weights. "
+    )
+    if not result.has_one_weight_scheme:
+        return [text + '`optim_config="auto"` does, and so does the dense equivalent (`hf-optim compress --dense`).']
+    loaded = (
+        f"from transformers import CompressedTensorsConfig, {task.auto_class}\n\n"
+        "decoded = CompressedTensorsConfig(dequantize=True)\n"
+        f"model = {task.auto_class}.from_pretrained(checkpoint, quantization_config=decoded{trust})"
+    )
+    return [text + "With its weights decoded as they are read, it does, with the same logits:", _code(loaded)]
 
 
 def _stock_snippet(task: Task, processor: str, trust: str) -> str:
