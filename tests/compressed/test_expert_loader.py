@@ -112,6 +112,27 @@ def test_experts_of_every_layout_stay_packed(name, written):
 
 
 @pytest.mark.filterwarnings("ignore::hf_optim.KernelWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_router_has_the_dtype_of_the_model_or_the_one_its_class_keeps(stored, dtype, written, tmp_path, monkeypatch):
+    folder, dense = written("int4")
+    state = load_file(folder / "model.safetensors")
+    state = {key: value.to(stored) if value.dtype == torch.float32 else value for key, value in state.items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tmp_path.joinpath("config.json").write_text((folder / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto", dtype=dtype)
+    assert {each.dtype for each in model.parameters()} == {dtype}  # the file calls the router otherwise than the model
+    a, b = logits(model).double(), logits(dense).double()
+    assert float((a - b).norm() / b.norm()) <= (1e-5 if (stored, dtype) == (torch.float32, torch.float32) else 0.05)
+    monkeypatch.setattr(transformers.MixtralForCausalLM, "_keep_in_fp32_modules_strict", {"mlp.gate"})
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto", dtype=dtype)
+    assert {name for name, each in kept.named_parameters() if each.dtype != dtype} == {
+        name for name, _ in kept.named_parameters() if name.endswith("mlp.gate.weight") and dtype != torch.float32
+    }
+    assert kept.model.layers[0].mlp.gate.weight.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore::hf_optim.KernelWarning")
 def test_a_shared_expert_is_made_of_layers_and_the_others_are_packed(written):
     folder, dense = written("int4", qwen2_moe)
     model = AutoModelForCausalLM.from_pretrained(folder, optim_config="auto")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import hf_optim
 from hf_optim import compressed
 from hf_optim.errors import CheckpointError
+from hf_optim.toolkit.compat import VERSION
 
 IDS = torch.arange(18).view(2, 9) % 64
 STOCK = """
@@ -58,14 +59,17 @@ def test_stock_reads_packed_zero_points_with_identical_logits(tmp_path, stock_py
     homes = [str(tmp_path / f"packed-{name}") for name in cases]
     done = stock_python.copy(f"directories = {[*homes, str(plain)]}\n{STOCK}")
     assert done.status == 0, done.err[-3000:]
-    assert done.out.count("REFUSED") == 1
-    assert f"REFUSED {plain} RuntimeError" in done.out
+    refused = VERSION >= (5, 23)  # 5.17 gives these parameters the shape that the file has
+    assert done.out.count("REFUSED") == refused
+    assert (f"REFUSED {plain} RuntimeError" in done.out) == refused
     with torch.no_grad():
         unpacked = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name)(IDS).logits for name in cases}
         ours = hf_optim.restore(AutoModelForCausalLM.from_pretrained(plain, optim_config="auto"))(IDS).logits
     assert torch.equal(ours, unpacked["4"])
-    for name, wanted in unpacked.items():
-        assert torch.equal(load_file(tmp_path / f"packed-{name}" / "logits.safetensors")["logits"], wanted)
+    wanted = {f"packed-{name}": values for name, values in unpacked.items()}
+    wanted |= {} if refused else {"plain": unpacked["4"]}
+    for name, values in wanted.items():
+        assert torch.equal(load_file(tmp_path / name / "logits.safetensors")["logits"], values)
 
 
 def test_codes_take_their_bits(tmp_path):

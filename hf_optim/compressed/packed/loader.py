@@ -27,6 +27,7 @@ from ..weights import Codes
 from . import mxfp4_experts
 from .accelerate import kernels_for, pack_layers
 from .checkpoint_formats import parse_checkpoint_format
+from .declared_dtypes import STRICT, cast_to_declared, declared_dtypes
 from .describe import describe_weight
 from .expert_loader import (
     convert_experts,
@@ -45,7 +46,6 @@ from .swap import g_idx_of, pack, prepack, writes_weights
 ROWS = "an embedding is read row by row"
 METHOD = "hf_optim_packed"
 PENDING = "_hf_optim_pending"
-STRICT = "_keep_in_fp32_modules_strict"
 
 
 def with_packed_quantizer(config: Any, key_mapping: Mapping[str, str] | None = None, deferred: bool = False) -> Any:
@@ -105,6 +105,7 @@ def _register() -> None:
         is_trainable = True
         exposes = False  # experts have a layer for each matrix while they are loaded
         renamings: tuple[Any, ...] = ()  # of these layers
+        declared: Mapping[str, torch.dtype] = {}  # of the tensors that are loaded
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return True
@@ -137,6 +138,7 @@ def _register() -> None:
                 headers = part.cut(model, layouts, headers)
             mxfp4_experts.require_blocks(model, headers)
             prepare(model, layouts, headers)
+            self.declared = declared_dtypes(model)
             return model
 
         def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
@@ -147,6 +149,7 @@ def _register() -> None:
             from ..quantizer import attach_quantizer, detach_quantizer
             from ..state import quantized_modules
 
+            cast_to_declared(model, self.declared)
             if self.quantization_config.deferred:  # type: ignore[union-attr, attr-defined]
                 for module in model.modules():
                     if PENDING in module.__dict__:  # what checks the load sees that its codes are those of a layer
