@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..topology.experts import is_packed_experts
 from . import kernels
+from .opaque_product import opaque_product
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that PyTorch's grouped product takes."""
@@ -98,7 +99,7 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if weight.device.type == "cuda" and _has_grouped_product(weight) and not _has_fitting_strides(weight):
         return padded_product(rows, weight, ends)
     if torch.compiler.is_compiling() and not _is_traced(weight, rows):
-        return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+        return opaque_product(rows, weight, ends)
     if is_fused(weight, rows):
         return F.grouped_mm(rows, weight, offs=ends)
     stops = ends.tolist()
@@ -109,8 +110,8 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _is_traced(weight: Tensor, rows: Tensor) -> bool:
     """Return True if ``torch.compile`` traces PyTorch's grouped product of these tensors, which it does in bfloat16.
 
-    The operator of transformers is opaque to it, but asks the host for the groups, so it is not for the steps that are
-    captured on a device.
+    ``opaque_product`` is opaque to it, but asks the host for the groups, so it is not for the steps that are captured
+    on a device.
     """
     on_cpu = weight.device.type == "cpu"
     grad = torch.is_grad_enabled() and (weight.requires_grad or rows.requires_grad)
