@@ -53,7 +53,8 @@ fuzz: $(STAMP)
 # What meets transformers, against its other supported versions (constraints.txt has the newest), each in its own environment.
 COMPAT := 5.17.0 5.23.0
 COMPAT_TESTS := tests/lifecycle tests/compressed tests/checkpoints tests/training/test_training.py tests/training/test_peft.py \
-	tests/calibration/test_streamed.py tests/toolkit/test_topology.py tests/plugins/attention tests/plugins/moe
+	tests/calibration/test_streamed.py tests/toolkit/test_topology.py tests/plugins/attention tests/plugins/moe \
+	tests/generation tests/toolkit/test_expert_implementation.py
 
 compat: $(COMPAT:%=compat-%)
 
