@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from python_session import PythonSession
 
-pytest_plugins = ["compiled_dots", "cpu_budget", "many", "process_state", "two_runs"]
+pytest_plugins = ["compared_here", "compiled_dots", "cpu_budget", "many", "process_state", "two_runs"]
 
 # One thread a process: the suite runs in two processes, and threads that wait for each other cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

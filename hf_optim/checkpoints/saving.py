@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError
 from ..runs.progress import stage
 from ..runs.run import Run, find_run, require_sound
+from ..runs.weight_digests import weight_digests
 from ..toolkit import exits
 from ..toolkit.distributed import collectives, fsdp
 from ..toolkit.exits import ExitHeads, ExitSettings, exits_of, save_exits, store_settings, stored_settings
@@ -130,6 +131,7 @@ def describe(run: Run, beside: Path, measure: Measure | None = None) -> None:
     drop_unused_code(run, beside)
     after = run.record.measured.setdefault("after", {})
     after["bytes_on_disk"] = bytes_on_disk(beside)
+    run.record.weights = weight_digests(beside)
     card = Card(run.record, beside)
     run.call_on(run.recipe.steps, "export", directory=beside, card=card)
     run.record.write(beside)

@@ -1,7 +1,8 @@
 """``hf-optim compare``: Compare checkpoints on the same data: quality, agreement with the first, size, memory and time.
 
 Each is evaluated in a process of its own, which gives its peak memory; then each is loaded beside the reference to
-compare their predictions, and all are timed in turn. Models of another task or vocabulary are refused before that."""
+compare their predictions, and all are timed in turn. Models of another task or vocabulary are refused before that.
+--record writes the figures into the records and cards of those that were made from the reference."""
 
 from __future__ import annotations
 
@@ -11,10 +12,13 @@ from typing import Any
 
 from ..evaluation.reported import REPORTED_METRICS, ReportedMetric, format_bytes, format_share, is_number
 from ..evaluation.timings import SPREAD
+from ..runs.record import FILE_NAME
 from .options import add_data_options, add_model_options, data_config_from_args
 from .table import print_json, print_line, print_table
 
-EXAMPLE = "hf-optim compare org/model llama-w8a8 llama-w4a16 --data eval.jsonl --plot sizes.png"
+EXAMPLE = """\
+hf-optim compare org/model llama-w8a8 llama-w4a16 --data eval.jsonl --plot sizes.png
+hf-optim compare org/model trained --data eval.jsonl --record    # the card of what a Trainer saved"""
 HEADINGS = {
     "perplexity": "perplexity",
     "accuracy": "accuracy",
@@ -35,6 +39,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--auto", action="store_true", help="run compressed checkpoints on hf_optim's kernels")
     parser.add_argument("--no-time", action="store_true", help="measure no time")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against bytes")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="write the figures into the record and the card of each checkpoint that is compared with the reference, "
+        "its original; as compress --eval does, for checkpoints that a Trainer or save_pretrained wrote",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_data_options(parser, "default: all")
     add_model_options(parser)
@@ -43,10 +53,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..checkpoints.source import ModelSource
     from ..errors import OptimError
-    from .jobs import comparing
+    from .jobs import comparing, recording
 
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise OptimError(f"--plot writes PNG files: name one with .png, not {args.plot.name}")
+    if args.record and (args.auto or args.dtype != "auto"):
+        raise OptimError(
+            "--record measures checkpoints as stock transformers runs them, and on kernels where they run there: leave "
+            f"out {'--auto' if args.auto else '--dtype'}"
+        )
     models = comparing.require_models(args.models, args.reference)
     job = comparing.Comparison(
         models,
@@ -56,12 +71,17 @@ def run(args: argparse.Namespace) -> int:
         speed=not args.no_time,
         device=args.device,
     )
-    found = comparing.compare_checkpoints(job)
+    with recording.recordable(models[1:] if args.record else (), job.source_of(models[0])) as targets:
+        job = recording.with_kernels(job, targets)
+        found = comparing.compare_checkpoints(job)
+        recorded = recording.record_comparison(targets, found, job.data)
     labels = comparing.short_labels(models)
     if args.json:
-        print_json(found)
+        print_json(found | ({"recorded": recorded} if recorded else {}))
     else:
         _print(found, labels)
+        for home in recorded:
+            print_line(f"wrote the figures into {home}: {FILE_NAME} and README.md")
     if args.plot is not None:
         comparing.plot(found, labels, args.plot)
         print_line(f"wrote {args.plot}") if not args.json else None

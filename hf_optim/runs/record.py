@@ -43,6 +43,7 @@ class Record:
         notes: warnings for the card: what could not be done, and why.
         sections: what steps add to the card beyond their metrics: paragraphs, tables, images.
         finished: False for a checkpoint from the middle of a recipe.
+        weights: the SHA-256 of each weight file of a finished checkpoint, by name: others get no figures.
         versions: package versions, Python and platform.
     """
 
@@ -58,6 +59,7 @@ class Record:
     notes: list[str] = field(default_factory=list)
     sections: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    weights: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 

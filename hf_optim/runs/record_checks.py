@@ -95,6 +95,7 @@ SHAPES: dict[str, Any] = {
     "notes": [str],
     "sections": [_SECTION],
     "finished": bool,
+    "weights": {...: str},
     "versions": {...: str},
     "schema": int,
 }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from tiny_tokenizer import tiny_tokenizer
 from hf_optim import OptimError
 from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli import main
-from hf_optim.cli.jobs import comparing, timed_models
+from hf_optim.cli.jobs import comparing
 from hf_optim.errors import ModelError
 from hf_optim.recipes.config import DataConfig
 
@@ -63,28 +61,6 @@ def saved(tmp_path_factory):
         tiny_tokenizer().save_pretrained(home / name)
     pruned().save_pretrained(home / "mute")  # as a data-free recipe writes it from Python
     return home
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Children of the command run in this process: importing takes longer than what they do."""
-    started = []
-
-    def run(command, what, *, own_code):
-        out = io.StringIO()
-        started.append(command)
-        if what == "times":
-            listed = json.loads(command[3])
-            found = timed_models.time_candidates(
-                [timed_models.Candidate(**one) for one in listed["candidates"]], torch.device("cpu")
-            )
-            return json.loads(json.dumps(found))
-        with redirect_stdout(out):
-            assert main(command[3:]) == 0
-        return json.loads(out.getvalue())
-
-    monkeypatch.setattr(comparing, "json_of", run)
-    return started
 
 
 def test_the_command_prints_a_table_and_draws_the_models(saved, data, in_this_process, tmp_path, capsys):
@@ -152,7 +128,7 @@ def test_the_measuring_processes_load_the_revision(monkeypatch):
     monkeypatch.setattr(comparing, "json_of", run)
     source = ModelSource("", revision="v2")
     job = comparing.Comparison(("a/one", "a/two"), source, DataConfig(dataset="eval.jsonl"))
-    comparing._figures(job, "a/one")
+    comparing._figures(job, "a/one", False)
     comparing._times(job)
     evaluated, timed = started
     assert evaluated[evaluated.index("--revision") + 1] == "v2"

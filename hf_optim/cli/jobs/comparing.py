@@ -5,6 +5,7 @@ Nothing is measured before it is known that all of them can be compared.
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,11 @@ from ...recipes.config import DataConfig
 from ...runs import progress
 from ...toolkit.checkpoint.model_config import model_class
 from ...trust.code import may_run
-from .measuring import eval_command, json_of
+from .measuring import eval_command, figures_on_kernels, json_of
 from .timed_models import Candidate, load_on_kernels, request
+
+# Ends the name of a model that is timed a second time, on kernels.
+ON_KERNELS = " (on kernels)"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Comparison:
         kernels: run compressed ones on hf_optim's kernels.
         speed: also time them.
         device: where they run; None means CUDA if available.
+        also_on_kernels: models that are also timed on kernels, and evaluated there if layers run on any.
     """
 
     models: tuple[str, ...]
@@ -51,6 +56,7 @@ class Comparison:
     kernels: bool = False
     speed: bool = True
     device: str | None = None
+    also_on_kernels: tuple[str, ...] = ()
 
     def source_of(self, model: str) -> ModelSource:
         return replace(self.source, model=model)
@@ -58,6 +64,8 @@ class Comparison:
 
 def compare_checkpoints(job: Comparison) -> dict[str, Any]:
     """Return ``{"reference": name, "models": {name: metrics}, "timing": conditions}``; names are those of ``models``.
+
+    With ``also_on_kernels``, also ``"accelerated": {name: metrics}`` for those that run on kernels.
 
     Raises ``OptimError`` if models cannot be compared or measured.
     """
@@ -67,20 +75,25 @@ def compare_checkpoints(job: Comparison) -> dict[str, Any]:
     found = {}
     for model in job.models:
         with progress.stage(f"evaluating {model}"):
-            found[model] = _figures(job, model)
+            found[model] = _figures(job, model, job.kernels)
     reference = job.models[0]
     with progress.stage(f"comparing with {reference}"):
         agreements = _agreements(job, device)
     for model, metrics in agreements.items():
         found[model] |= metrics
-    timing: dict[str, Any] = {}
-    if job.speed:
-        with progress.stage("timing the models in turn"):
-            times = _times(job)
-        timing = times["timing"]
-        for model, metrics in times["times"].items():
-            found[model] |= metrics
-    return {"reference": reference, "models": found, "timing": timing}
+    if not job.speed:
+        return {"reference": reference, "models": found, "timing": {}}
+    with progress.stage("timing the models in turn"):
+        times = _times(job)
+    for model in job.models:
+        found[model] |= times["times"].get(model, {})
+    accelerated = {}
+    for model in job.also_on_kernels:
+        timed = times["times"].get(f"{model}{ON_KERNELS}", {})
+        with progress.stage(f"evaluating {model} on kernels"):
+            accelerated[model] = figures_on_kernels(timed, functools.partial(_figures, job, model, True))
+    more = {"accelerated": accelerated} if accelerated else {}
+    return {"reference": reference, "models": found, "timing": times["timing"], **more}
 
 
 def plot(found: Mapping[str, Any], labels: Mapping[str, str], path: Path) -> ReportedMetric:
@@ -128,10 +141,10 @@ def _task(cls: type) -> Task:
     return task_of_auto_class(cls.__name__) if cls.__name__.startswith("AutoModel") else task_of(cls.__name__)
 
 
-def _figures(job: Comparison, model: str) -> dict[str, Any]:
+def _figures(job: Comparison, model: str, kernels: bool) -> dict[str, Any]:
     """Return quality and peak memory of a checkpoint, measured in a child process."""
     word = may_run(job.source.trust_remote_code)
-    command = eval_command(model, job.data, job.source.dtype, job.device, job.kernels, word, job.source.revision)
+    command = eval_command(model, job.data, job.source.dtype, job.device, kernels, word, job.source.revision)
     return json_of(command, f"quality of {model}", own_code=False)
 
 
@@ -160,6 +173,10 @@ def _times(job: Comparison) -> dict[str, Any]:
     trust = may_run(job.source.trust_remote_code)
     source = job.source
     candidates = [Candidate(model, model, source.revision, source.dtype, trust, job.kernels) for model in job.models]
+    candidates += [
+        Candidate(f"{model}{ON_KERNELS}", model, source.revision, source.dtype, trust, kernels=True)
+        for model in job.also_on_kernels
+    ]
     command = [sys.executable, "-m", "hf_optim.cli.jobs.timed_models", request(candidates, job.device)]
     return json_of(command, "times", own_code=False)
 

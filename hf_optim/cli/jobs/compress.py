@@ -27,7 +27,6 @@ from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ...runs import distributed, progress
 from ...runs.claims import settle_reload
 from ...runs.folder_lock import locked, real_path
-from ...runs.record import public_name
 from ...runs.resume_header import HEADER
 from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
@@ -35,7 +34,7 @@ from ...toolkit.checkpoint.placement import NewHeads
 from ...training.fit import CAUSAL_TASKS, RANDOM, train_stage
 from .control import TRAIN, require_trainable_control, trained_control
 from .job import Job
-from .measuring import Measuring, control_figures, evaluate_checkpoint
+from .measuring import Measuring, add_figures, control_figures, evaluate_checkpoint
 from .preflight import Findings, preflight, read_calibration
 from .streamed import StreamedJob
 
@@ -135,7 +134,7 @@ def _streamed(
 def _record_measured(job: Job, run: Run, measured: dict[str, Any], original_bytes: int) -> None:
     run.record.measured = {**measured, "before": {"bytes_on_disk": original_bytes, **measured["before"]}}
     if job.evaluation:
-        run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
+        add_figures(run.record, job.evaluation, {})
 
 
 def _require_texts(job: Job, model: Any) -> None:

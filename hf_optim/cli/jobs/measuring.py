@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...checkpoints.remote_code import written_code
 from ...errors import OptimError
-from ...evaluation.comparison import CAPACITY
+from ...evaluation.comparison import ACCELERATED, AFTER, BEFORE, CAPACITY
 from ...evaluation.sizes import bytes_on_disk
 from ...recipes.config import DataConfig
 from ...recipes.contract import Reload
 from ...recipes.traits import QUANTIZED, SPARSE_NM
 from ...runs import distributed, progress
-from ...runs.record import public_name
+from ...runs.record import Record, public_name
 from ...runs.run import Run
 from ...toolkit.experts import stored_routing
 from ...trust.code import is_written_by_run, may_run
@@ -46,26 +47,26 @@ class Measuring:
         """
         if self.job.evaluation is None:
             return {}
-        after: dict[str, Any] = {}
+        found: dict[str, Any] = {AFTER: {}}
         try:
             trusted = is_written_by_run(directory, written_code(self.run.model))
-            after |= evaluate_checkpoint(self.job, str(directory), "result", trust=trusted)
-            self._measure_times(directory, after, trusted)
+            found[AFTER] |= evaluate_checkpoint(self.job, str(directory), "result", trust=trusted)
+            self._measure_times(directory, found, trusted)
         except (OptimError, OSError) as error:
             self.failed = (type(error) if isinstance(error, OptimError) else OptimError), str(error)
-        return after
+        add_figures(self.run.record, self.job.evaluation, found)
+        return found[AFTER]
 
-    def _measure_times(self, directory: Path, after: dict[str, Any], trusted: bool) -> None:
-        measured = self.run.record.measured
-        found = time_in_child(self.job, directory, trusted, may_have_kernels(self.run))
-        if found["timing"]:
-            measured["timing"] = found["timing"]
-        measured["before"] |= found["times"].get("before", {})
-        after |= found["times"].get("after", {})
-        accelerated = found["times"].get("accelerated", {})
-        if accelerated.get("kernels") and runs_on_kernels(accelerated):
-            figures = evaluate_checkpoint(self.job, str(directory), "result on kernels", trust=trusted, kernels=True)
-            measured["accelerated"] = {**figures, **accelerated}
+    def _measure_times(self, directory: Path, found: dict[str, Any], trusted: bool) -> None:
+        record, model = self.run.record, self.run.model
+        timed = time_in_child(self.job, directory, trusted, may_have_kernels(record, model.config))
+        found["timing"] = timed["timing"]
+        found[BEFORE] = timed["times"].get(BEFORE, {})
+        found[AFTER] |= timed["times"].get(AFTER, {})
+        found[ACCELERATED] = figures_on_kernels(
+            timed["times"].get(ACCELERATED, {}),
+            lambda: evaluate_checkpoint(self.job, str(directory), "result on kernels", trust=trusted, kernels=True),
+        )
 
     def report(self) -> None:
         """Report the written checkpoint. Raises ``OptimError`` if it could not be measured."""
@@ -75,14 +76,36 @@ class Measuring:
             raise kind(text)
 
 
-def may_have_kernels(run: Run) -> bool:
+def add_figures(record: Record, data: DataConfig, found: Mapping[str, Any]) -> None:
+    """Write figures of an original and its result into a record, with the data that they were measured on.
+
+    ``found`` has ``before``, ``after``, ``accelerated`` and ``timing`` (see ``Record.measured``); what is empty or
+    missing is left as it is.
+    """
+    measured = record.measured
+    measured["evaluation"] = data.to_dict() | {"dataset": public_name(data.dataset)}
+    for side in (BEFORE, AFTER):
+        measured.setdefault(side, {}).update(found.get(side, {}))
+    for part in (ACCELERATED, "timing"):
+        if found.get(part):
+            measured[part] = found[part]
+
+
+def may_have_kernels(record: Record, config: Any) -> bool:
     """Return True if ``optim_config="auto"`` may compute otherwise than stock transformers.
 
     Some layers may run on kernels (they are quantized, N:M sparse, or have own code), or experts have a capacity.
     """
-    if stored_routing(run.model.config) is not None:
+    if stored_routing(config) is not None:
         return True
-    return bool(run.traits & {QUANTIZED, SPARSE_NM}) or run.record.reload == Reload.REMOTE_CODE.name
+    return (
+        bool({str(QUANTIZED), str(SPARSE_NM)}.intersection(record.traits)) or record.reload == Reload.REMOTE_CODE.name
+    )
+
+
+def figures_on_kernels(timed: dict[str, Any], evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of a result on kernels: its times with those of ``evaluate``; empty if nothing runs there."""
+    return {**evaluate(), **timed} if timed.get("kernels") and runs_on_kernels(timed) else {}
 
 
 def runs_on_kernels(accelerated: dict[str, Any]) -> bool:

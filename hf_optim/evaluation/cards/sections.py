@@ -28,8 +28,8 @@ from .result import LIMITS, Result, claims_of
 QUALITY_PLOT = "Quality against bytes"
 UNFINISHED = "> This checkpoint was saved before its recipe was finished: training is not complete."
 NOT_MEASURED = (
-    "Not measured: no evaluation data was given. `hf-optim eval` evaluates a checkpoint; `hf-optim compress --eval` "
-    "adds the results to this card."
+    "Not measured: no evaluation data was given. `hf-optim compare ORIGINAL CHECKPOINT --data DATA --record` measures "
+    "both and writes the results into this card, as `hf-optim compress --eval` does."
 )
 STEPS_IN_MEMORY = (
     "The following sections were written by the steps: their figures are those of the model in memory, when the stage "

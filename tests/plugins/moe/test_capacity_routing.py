@@ -279,7 +279,7 @@ def test_the_card_says_what_stock_transformers_computes(tmp_path):
 def test_compress_measures_the_result_without_and_with_its_capacity(tmp_path):
     model = capped()
     model.save_pretrained(tmp_path)
-    assert may_have_kernels(hf_optim.run_of(model))
+    assert may_have_kernels(hf_optim.run_of(model).record, model.config)
     auto = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
     figures = kernels_of(auto)
     assert figures["kernels"].startswith("experts with capacity factor 0.5: 2")
