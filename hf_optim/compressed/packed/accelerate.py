@@ -100,7 +100,7 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
         decided: layers that were tried already, with the reason why no kernel runs them (``""`` if one does).
     """
     look_for_24 = any(kernel.sparse24 for kernel in kernels)
-    shared = _shared(model)
+    shared = shared_weights(model)
     linears = topology.linears(model)
     thresholds = outlier_thresholds(model, linears)
     unsupported = dict(decided)
@@ -114,7 +114,7 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
                 if not module.packing.failure:
                     continue
                 unpack(module)
-            _decompress(module)
+            decompress(module)
             other = shared.get(f"{name}.weight", "")
             unsupported[name] = _pack(name, module, kernels, look_for_24, other, thresholds.get(name))
     unsupported |= _pack_experts(model, kernels)
@@ -273,7 +273,7 @@ def _pack(
     if isinstance(weight, str):
         return weight or NOT_COMPRESSED
     if shared:
-        return f"its weight is tied to {shared}" if compressed else NOT_COMPRESSED
+        return tied_reason(shared) if compressed else NOT_COMPRESSED
     found = prepack(weight, kernels)
     if isinstance(found, str):
         return found or (NO_KERNEL if compressed else NOT_COMPRESSED)
@@ -283,7 +283,12 @@ def _pack(
     return ""
 
 
-def _shared(model: nn.Module) -> dict[str, str]:
+def tied_reason(shared: str) -> str:
+    """Return why a compressed layer whose weight has another name runs dense."""
+    return f"its weight is tied to {shared}"
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
     """Map the name of each parameter that has several names to another one of them."""
     several = [names for names in parameter_names(model).values() if len(names) > 1]
     return {name: names[i == 0] for names in several for i, name in enumerate(names)}
@@ -295,11 +300,11 @@ def decode_loaded(model: nn.Module) -> None:
     Until the first forward of the whole model they have none, so that a part of it cannot be called.
     """
     for module in model.modules():
-        _decompress(module)
+        decompress(module)
     _decompress_rest(model)
 
 
-def _decompress(module: nn.Module) -> None:
+def decompress(module: nn.Module) -> None:
     """Decompress one layer that stock transformers loaded, as compressed-tensors would at the first forward."""
     status = getattr(module, "quantization_status", None)
     if getattr(status, "value", None) == "compressed" and "weight_scale" in module._parameters:
@@ -313,7 +318,7 @@ def _decompress_rest(model: nn.Module) -> None:
     for module in model.modules():
         if "ct_decompress_hook" in module.__dict__:
             for part in module.modules():
-                _decompress(part)
+                decompress(part)
             module.ct_decompress_hook.remove()  # type: ignore[union-attr, operator]
             del module.ct_decompress_hook
 

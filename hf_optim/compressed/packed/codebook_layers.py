@@ -107,6 +107,14 @@ def try_kernels(module: nn.Module, kernels: Iterable[Kernel]) -> str:
     return found or NO_KERNEL if isinstance(found, str) else ""
 
 
+def promised(module: nn.Module, kernels: Iterable[Kernel]) -> tuple[str, str]:
+    """Return what ``try_kernels`` would put a module on, and otherwise the reason why no kernel takes it."""
+    found = first_that_takes(
+        (kernel for kernel in kernels if kernel.codebook), lambda kernel: kernel.check(module), lambda kernel: None
+    )
+    return ("", found or NO_KERNEL) if isinstance(found, str) else (found[0].promise(module), "")
+
+
 @torch.no_grad()
 def pack(module: nn.Module, kernel: Kernel) -> None:
     """Replace the codes of a module by the packed weight of a kernel. Raises what ``Kernel.prepack`` raises."""

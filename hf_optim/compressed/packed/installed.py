@@ -20,7 +20,7 @@ from .packed_linear import KernelWarning
 
 GROUP = "hf_optim.kernels"
 BUNDLED = "hf_optim_kernels."
-OPTIONAL = ("join", "supports_experts", "prepack_experts")
+OPTIONAL = ("join", "supports_experts", "prepack_experts", "runs_as")
 
 
 @functools.cache

@@ -59,6 +59,9 @@ class Kernel:
               ``[T, k]``; ``activation`` is applied between the products, ``norm`` (or None) behind them;
               differentiable in ``hidden`` and ``weights``;
             - ``codes(side, expert)``: as of ``QuantizedExperts``, bit-exact.
+        runs_as: what ``report`` says before ``accelerate`` that a supported weight (or experts) would run on, where the
+            name of the kernel would promise too much: the label of a packed weight that keeps a decoded weight. None
+            says the name.
     """
 
     name: str
@@ -70,6 +73,14 @@ class Kernel:
     join: Callable[[list[Any]], Any] | None = None
     supports_experts: Callable[[Any], str | None] | None = None
     prepack_experts: Callable[[Any], Any] | None = None
+    runs_as: Callable[[Any], str] | None = None
+
+    def promise(self, weight: Any) -> str:
+        """Return what ``report`` says that a supported weight, or supported experts, would run on."""
+        try:
+            return self.runs_as(weight) if self.runs_as is not None else self.name
+        except Exception as error:
+            return f"{self.name} ({first_line(error, typed=True)})"
 
     def check(self, weight: Any) -> str | None:
         """Return ``supports(weight)``. An error in it becomes the reason: a broken kernel disables only itself."""
@@ -119,8 +130,8 @@ def first_that_takes(
 class KernelModule(Protocol):
     """A module that registers itself as a kernel, through an entry point of the group ``hf_optim.kernels``.
 
-    Its attributes are the fields of ``Kernel``. Optional: ``join``, ``supports_experts``, ``prepack_experts``, and the
-    flags ``SPARSE24``, ``OUTLIERS`` and ``CODEBOOK`` (False where absent).
+    Its attributes are the fields of ``Kernel``. Optional: ``join``, ``supports_experts``, ``prepack_experts``,
+    ``runs_as``, and the flags ``SPARSE24``, ``OUTLIERS`` and ``CODEBOOK`` (False where absent).
     """
 
     NAME: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,23 +17,34 @@ from ...toolkit.distributed.tensor_parts import RANK, part_of
 from ...toolkit.offloading import stored_weights
 from ...toolkit.topology.experts import fused_experts, matrix_names, matrix_shape
 from ...trust.figures import format_count
+from ..codes import is_sparse24
 from ..experts import PACKED_EXPERTS, expert_schemes
 from ..float4 import STOCK_DTYPE, float4_format
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes, QuantizedWeight
 from . import codebook_layers
-from .accelerate import NOT_COMPRESSED, UNSUPPORTED, kernels_for
+from .accelerate import (
+    NOT_COMPRESSED,
+    UNSUPPORTED,
+    WRITES_WEIGHTS,
+    decompress,
+    kernels_for,
+    shared_weights,
+    tied_reason,
+)
 from .checkpoint_formats import UNAPPLIED_CACHE
 from .describe import OFFLOADED, describe_module, describe_weight, scheme_unsupported_reason
 from .expert_swap import describe_stored, first_experts_kernel
 from .kernel import NO_KERNEL, Kernel
+from .model_settings import model_settings
 from .packed_experts import PackedExperts
 from .packed_linear import PackedLinear
-from .swap import first_kernel
+from .swap import first_kernel, unsupported_reason, writes_weights
 
 __all__ = ["LayerReport", "Report", "report"]
 
 NOT_ACCELERATED = "accelerate() was not called"
+LAYER, EXPERTS = "it would run this layer on", "it would run these experts on"
 FEW = 3
 
 
@@ -65,14 +77,17 @@ class Report(list[LayerReport]):
         experts: what the experts of each mixture layer that is not quantized run on, by the name of their module.
         rank: ``"rank 0 of 2"`` for a model that several ranks share, else empty.
         cache: ``"int8"`` if the checkpoint asks for such keys and values and the model does not have them, else empty.
+        settings: what else the model computes otherwise than its stock class, one line each: quantized keys and values,
+            the attention of a technique, exits, early exit.
 
-    ``str()`` gives ``summary``, then one row for layers that differ only in the number of their block. ``full()`` has
-    one row per layer, and ``to_json()`` all of it in JSON types.
+    ``str()`` gives ``summary`` and ``settings``, then one row for layers that differ only in the number of their block.
+    ``full()`` has one row per layer, and ``to_json()`` all of it in JSON types.
     """
 
     experts: dict[str, str]
     rank: str
     cache: str
+    settings: list[str]
 
     def __init__(
         self,
@@ -80,8 +95,10 @@ class Report(list[LayerReport]):
         experts: Mapping[str, str] | None = None,
         rank: str = "",
         cache: str = "",
+        settings: Iterable[str] = (),
     ) -> None:
         super().__init__(rows)
+        self.settings = list(settings)
         self.rank, self.cache = rank, cache
         self.experts = dict(experts or {})
 
@@ -114,12 +131,17 @@ class Report(list[LayerReport]):
             key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name), shape, row.runs_on
             groups[key] = groups.get(key, 0) + 1
         rows = [(name, format_count(count), shape, what) for (name, shape, what), count in groups.items()]
-        return f"{self.summary}\n\n{_table(('layer', 'count', 'out x in', 'runs on'), rows)}" if rows else self.summary
+        return self._page(("layer", "count", "out x in", "runs on"), rows)
 
     def full(self) -> str:
         """Return the summary and a table with one row per layer."""
         rows = [(row.name, (row.experts, *row.shape) if row.experts else row.shape, row.runs_on) for row in self]
-        return f"{self.summary}\n\n{_table(('layer', 'out x in', 'runs on'), rows)}" if rows else self.summary
+        return self._page(("layer", "out x in", "runs on"), rows)
+
+    def _page(self, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+        """Return the summary, the settings and a table."""
+        lines = [self.summary, *self.settings]
+        return "\n".join([*lines, "", _table(header, rows)] if rows else lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return ``summary``; ``layers``, each with the fields of ``LayerReport``; and ``experts``."""
@@ -128,7 +150,7 @@ class Report(list[LayerReport]):
             if not each["part"]:
                 del each["part"]
         found = {"summary": self.summary, "layers": layers, "experts": self.experts}
-        return found | {name: value for name in ("rank", "cache") if (value := getattr(self, name))}
+        return found | {name: value for name in ("rank", "cache", "settings") if (value := getattr(self, name))}
 
 
 def report(model: nn.Module) -> Report:
@@ -146,10 +168,12 @@ def _report(model: nn.Module) -> Report:
     linears = topology.linears(model)
     kernels = kernels_for(model)
     thresholds = outlier_thresholds(model, linears) if unsupported is None else {}
+    shared = shared_weights(model)
+    writes = WRITES_WEIGHTS if unsupported is None and writes_weights(model) else ""
     mixtures = {name: module for name, module in fused_experts(model).items() if not expert_schemes(module)}
     rank = str(vars(model).get(RANK, ""))
     running = {name: experts.implementation_of(module) for name, module in mixtures.items()}
-    rows = Report((), running, rank, str(vars(model).get(UNAPPLIED_CACHE, "")))
+    rows = Report((), running, rank, str(vars(model).get(UNAPPLIED_CACHE, "")), model_settings(model))
     for name, module in (linears | codebook_layers.codebook_linears(model)).items():
         shape = topology.features(module)
         if isinstance(module, codebook_layers.PackedCodebookLayer):
@@ -160,9 +184,12 @@ def _report(model: nn.Module) -> Report:
         elif unsupported is not None:
             rows.append(LayerReport(name, shape, None, unsupported.get(name, NOT_COMPRESSED)))
         elif name in linears:
-            rows.append(LayerReport(name, shape, None, _unaccelerated(name, module, kernels, thresholds.get(name))))
+            other = shared.get(f"{name}.weight", "")
+            reason = writes or _unaccelerated(name, module, kernels, thresholds.get(name), other)
+            rows.append(LayerReport(name, shape, None, reason))
         else:
-            rows.append(LayerReport(name, shape, None, NOT_ACCELERATED))
+            on, reason = codebook_layers.promised(module, kernels)
+            rows.append(LayerReport(name, shape, None, f"{NOT_ACCELERATED}; {LAYER} {on}" if on else reason))
     for name, module in model.named_modules():
         if expert_schemes(module):
             rows.extend(_experts(name, module, kernels, unsupported))
@@ -190,8 +217,7 @@ def _experts(
     else:
         weight = describe_stored(name, module)
         found = weight if isinstance(weight, str) else first_experts_kernel(weight, kernels)
-        on = f"; it would run these experts on {found.name}" if isinstance(found, Kernel) else ""
-        reason = f"{NOT_ACCELERATED}{on}" if isinstance(found, Kernel) else found
+        reason = found if isinstance(found, str) else f"{NOT_ACCELERATED}; {EXPERTS} {found.promise(weight)}"
     for parameter in matrix_names(module):
         count, rows, columns = matrix_shape(module, parameter)
         yield LayerReport(f"{name}.{parameter}", (rows, columns), kernel, reason, count)
@@ -216,24 +242,33 @@ def _summarize(rows: list[LayerReport], what: str) -> str:
     return "; ".join([", ".join(on), *rest])
 
 
-def _unaccelerated(name: str, module: nn.Module, kernels: tuple[Kernel, ...], outliers: float | None) -> str:
-    """Return what ``accelerate`` would change about a layer; ``NOT_COMPRESSED`` if it would change nothing."""
+def _unaccelerated(
+    name: str, module: nn.Module, kernels: tuple[Kernel, ...], outliers: float | None, shared: str
+) -> str:
+    """Return what ``accelerate`` would change about a layer; ``NOT_COMPRESSED`` if it would change nothing.
+
+    It decides from the description of the weight alone: that its codes cannot be recovered is found when it is packed.
+    """
     scheme = getattr(module, "quantization_scheme", None)
     if not isinstance(module, nn.Linear):
         return NOT_COMPRESSED if scheme is None else f"a {type(module).__name__} is not laid out as nn.Linear"
     if scheme is not None and "weight_packed" in module._parameters:
-        weight = _describe_packed(name, module, scheme, outliers)
+        weight = _describe_packed(name, module, scheme, outliers, kernels)
     else:
         weight = describe_module(name, module, any(kernel.sparse24 for kernel in kernels), outliers)
     if isinstance(weight, str):
         return weight or NOT_COMPRESSED
+    if shared:
+        return NOT_COMPRESSED if scheme is None else tied_reason(shared)
     found = first_kernel(weight, kernels)
     if isinstance(found, str):
         return found or (NOT_COMPRESSED if scheme is None else NO_KERNEL)
-    return f"{NOT_ACCELERATED}; it would run this layer on {found.name}"
+    return unsupported_reason(module) or f"{NOT_ACCELERATED}; {LAYER} {found.promise(weight)}"
 
 
-def _describe_packed(name: str, module: nn.Linear, scheme: Any, outliers: float | None) -> QuantizedWeight | str:
+def _describe_packed(
+    name: str, module: nn.Linear, scheme: Any, outliers: float | None, kernels: tuple[Kernel, ...]
+) -> QuantizedWeight | str:
     """Describe a layer that stock transformers has loaded, and will decompress at the first forward."""
     scale = module._parameters.get("weight_scale")
     if scale is None or scale.is_meta:
@@ -243,7 +278,20 @@ def _describe_packed(name: str, module: nn.Linear, scheme: Any, outliers: float 
     shape = (module.out_features, module.in_features)
     ordered = "weight_g_idx" in module._parameters
     like = scale.new_empty(0, dtype=STOCK_DTYPE) if float4_format(scheme.weights) else scale
-    return describe_weight(name, shape, scheme, like, module.bias, _no_codes, ordered=ordered, outliers=outliers)
+    weight = describe_weight(name, shape, scheme, like, module.bias, _no_codes, ordered=ordered, outliers=outliers)
+    sparse = replace(weight, sparse24=True)
+    if any(kernel.sparse24 and kernel.check(sparse) is None for kernel in kernels) and _is_sparse24(module):
+        return sparse
+    return weight
+
+
+def _is_sparse24(module: nn.Linear) -> bool:
+    """Return True if the decoded weight of a layer has the 2:4 pattern; the layer stays as it is."""
+    decoded = copy.copy(module)
+    decoded.__dict__["_parameters"] = dict(module._parameters)
+    decompress(decoded)
+    weight = decoded._parameters.get("weight")
+    return weight is not None and is_sparse24(weight.detach())
 
 
 def _no_codes() -> Codes:

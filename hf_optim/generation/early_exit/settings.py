@@ -12,9 +12,9 @@ from math import exp, isfinite
 from typing import Any
 
 from ...errors import ModelError, RecipeError
+from ...toolkit.exits import EARLY_EXIT as SETTING
 from ...trust.bounds import shown
 
-SETTING = "hf_optim_early_exit"
 CONFIDENCES = ("softmax_gap", "softmax_max", "state", "classifier")
 DECAYS = ("none", "code", "paper")
 LONGEST = 1 << 20

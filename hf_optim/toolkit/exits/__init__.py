@@ -18,12 +18,13 @@ from .files import FILE, attach_stored_exits, copy_exits, load_exits, save_exits
 from .heads import ExitHeads
 from .held import HeldRun, run_held
 from .runs import ExitRun, record_states, run_blocks, run_to_exit
-from .settings import CLASSIFIERS, ENTRY, HEADS, LAWS, ExitSettings, store_settings, stored_settings
+from .settings import CLASSIFIERS, EARLY_EXIT, ENTRY, HEADS, LAWS, ExitSettings, store_settings, stored_settings
 from .structure import no_cache
 from .views import view
 
 __all__ = [
     "CLASSIFIERS",
+    "EARLY_EXIT",
     "ENTRY",
     "FILE",
     "HEADS",

@@ -14,6 +14,8 @@ from ...errors import CheckpointError, RecipeError
 from ...trust.bounds import shown
 
 ENTRY = "hf_optim_exits"
+# The entry of early exits in generation, whose fields are those of ``hf_optim.early_exit.EarlyExit``.
+EARLY_EXIT = "hf_optim_early_exit"
 HEADS = ("shared", "own")
 CLASSIFIERS = ("none", "sequence", "token")
 LAWS = ("multinomial", "geometric")

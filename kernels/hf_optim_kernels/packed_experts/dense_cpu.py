@@ -28,6 +28,11 @@ def unsupported_reason(weight: Any) -> str | None:
     return None
 
 
+def label(weight: Any) -> str:
+    """Return what reports print for experts that are kept decoded."""
+    return f"dense float32 experts (PyTorch's packed operators round to bfloat16), {describe(weight)}"
+
+
 class DenseExperts(ExpertsBase):
     """Experts with decoded float32 matrices.
 
@@ -45,7 +50,7 @@ class DenseExperts(ExpertsBase):
         for side, matrix in ((UP, weight.up), (DOWN, weight.down)):
             self.grids[side] = matrix.bits, matrix.group_size
             self._stack(side, matrix, weight)
-        self.label = f"dense float32 experts (PyTorch's packed operators round to bfloat16), {describe(weight)}"
+        self.label = label(weight)
 
     @torch.no_grad()
     def _stack(self, side: str, matrix: Any, weight: Any) -> None:

@@ -47,6 +47,16 @@ def prepack(weight: Any) -> nn.Module:
     return PackedExperts(weight)
 
 
+def runs_as(weight: Any) -> str:
+    """Return what reports say of supported experts that will be kept decoded; an empty string for all others."""
+    if weight.up.device.type != "cpu":
+        return ""
+    from . import cpu, dense_cpu
+
+    decoded = cpu.unsupported_reason(weight) is not None and dense_cpu.unsupported_reason(weight) is None
+    return dense_cpu.label(weight) if decoded else ""
+
+
 class PackedExperts(ExpertsBase):
     """Experts on ``hf_optim::packed_experts`` and ``hf_optim::packed_expert_linear``.
 

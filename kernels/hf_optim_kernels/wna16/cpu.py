@@ -58,6 +58,7 @@ CAPABILITIES = ("AVX2", "AVX512")
 DTYPES = (torch.bfloat16, torch.float16)
 # On a CPU with bfloat16 instructions, dense products with parts of the decoded weight are used for more rows than this.
 INT4_MOST_ROWS, INT8_MOST_ROWS = 64, 12
+DENSE = "dense float32 (PyTorch's packed operators round to bfloat16)"
 # bfloat16 scales and zero points change the weight; beyond this (norm over norm) the layer stays dense.
 MOST_ERROR = 2.0**-8
 
@@ -228,7 +229,7 @@ class DenseLinear(nn.Module):
     def __init__(self, found: Any, bits: int, group_size: int, bias: Tensor | None) -> None:
         super().__init__()
         self.bits, self.group_size = bits, group_size
-        self.label = "dense float32 (PyTorch's packed operators round to bfloat16)"
+        self.label = DENSE
         decoded = _decode(found, bits, group_size)
         if found.order is not None:
             decoded = torch.empty_like(decoded).index_copy_(1, found.order, decoded)

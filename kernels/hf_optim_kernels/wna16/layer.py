@@ -75,6 +75,19 @@ def prepack(weight: Any) -> nn.Module:
     return PackedWeight.from_codes(weight.codes(), weight.bits, weight.group_size, weight.dtype, weight.bias)
 
 
+def runs_as(weight: Any) -> str:
+    """Return what reports say before a supported weight, or supported experts, is packed: its own name or "dense"."""
+    if hasattr(weight, "up"):
+        from ..packed_experts import layer
+
+        return layer.runs_as(weight) or NAME
+    if weight.device.type == "cpu" and weight.kind == "int" and weight.dtype == torch.float32:
+        from . import cpu
+
+        return cpu.DENSE
+    return NAME
+
+
 class PackedWeight(PlannedLinear):
     """``x W^T + bias`` on ``hf_optim::wna16``.
 
