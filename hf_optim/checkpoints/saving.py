@@ -25,6 +25,8 @@ from ..toolkit.exits import ExitHeads, ExitSettings, exits_of, save_exits, store
 from ..trust import code
 from . import save_methods
 from .atomic import replace_directory, use_default_mode
+from .hub import local_directory
+from .source import find_processor, has_processor
 
 # Measures the checkpoint in a directory.
 Measure = Callable[[Path], Mapping[str, Any]]
@@ -104,8 +106,26 @@ def save(run: Run, directory: str | Path, *, measure: Measure | None = None, **k
     with replace_directory(directory, stale=is_weights) as beside:
         save_exits_of(run.model, beside)
         save_plain(run.model, beside, **kwargs)
+        if run.tokenizer is None and not has_processor(directory):
+            _write_source_processor(run.model, beside)
         describe(run, beside, measure)
     return directory
+
+
+def _write_source_processor(model: PreTrainedModel, beside: Path) -> None:
+    """Write the tokenizer or image processor of the checkpoint that a model was loaded from, if it is on this machine.
+
+    A recipe without data loads none, and a checkpoint without one can be neither evaluated nor served. Code of a
+    tokenizer is not run for it, and not referred to.
+    """
+    home = str(getattr(model.config, "_name_or_path", "") or "")
+    found = local_directory(home) if home else None
+    if found is None or not has_processor(found):
+        return
+    processor = find_processor(str(found), model.main_input_name)
+    if processor is not None:
+        processor.save_pretrained(beside)
+        _drop_processor_code(processor, beside)
 
 
 def _stray_message(run: Run, stray: list[str]) -> str:
@@ -154,7 +174,12 @@ def drop_unused_code(run: Run, directory: Path) -> None:
     if written is not None or (code.is_stock(run.model) and _has_stock_parts(run.model.config)):
         for name in ("config.json", "generation_config.json"):
             code.drop_references(directory / name, written.auto_map if written is not None else None)
-    if run.tokenizer is not None and _has_stock_parts(run.tokenizer):
+    if run.tokenizer is not None:
+        _drop_processor_code(run.tokenizer, directory)
+
+
+def _drop_processor_code(processor: Any, directory: Path) -> None:
+    if _has_stock_parts(processor):
         for name in PROCESSOR_CONFIGS:
             code.drop_references(directory / name)
 

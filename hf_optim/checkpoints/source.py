@@ -175,6 +175,11 @@ def find_processor(home: str, main_input: str = "input_ids", **load_kwargs: Any)
     except (MemoryError, OptimError):
         raise
     except Exception as error:  # the tokenizers library raises Exception itself; images may need torchvision
-        if any(os.path.isfile(os.path.join(home, name)) for name in PROCESSOR_FILES):
+        if has_processor(home):
             log.warning("the tokenizer or processor in %s is not used: %s", home, first_line(error, typed=True))
         return None
+
+
+def has_processor(directory: str | os.PathLike[str]) -> bool:
+    """Return True if a directory has files of a tokenizer or processor."""
+    return any(os.path.isfile(os.path.join(directory, name)) for name in PROCESSOR_FILES)
