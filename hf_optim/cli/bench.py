@@ -54,8 +54,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         nargs="+",
         choices=("dynamic", "static", "unguarded", "graph"),
-        help="kinds of KV cache (default: all); static and unguarded are compiled, unguarded with compile_config(), "
-        "graph is hf_optim.generate",
+        help="kinds of KV cache (default: all that the device has); static and unguarded are compiled on a GPU, "
+        "unguarded with compile_config(), graph is hf_optim.generate",
     )
     whole.add_argument(
         "--batch", nargs="+", type=positive_int, default=[1], metavar="N", help="batch size (default: 1)"
@@ -151,7 +151,8 @@ def _run_model(args: argparse.Namespace, results: Results, deadline: Deadline) -
     from ..evaluation.bench import decode, models
     from ..evaluation.bench.model_runner import ModelBenchSettings, run_models
 
-    settings = ModelBenchSettings(args.cache or decode.MODES, args.batch, args.new_tokens, args.prefill, args.profile)
+    modes = args.cache or (decode.MODES if torch.cuda.is_available() else decode.CPU_MODES)
+    settings = ModelBenchSettings(modes, args.batch, args.new_tokens, args.prefill, args.profile)
     schemes = args.scheme or models.SCHEMES
     run_models(results, args.end_to_end, schemes, settings, getattr(torch, args.dtype), deadline)
 

@@ -98,14 +98,14 @@ def _cells(metric: ReportedMetric, columns: list[str], measured: Mapping[str, An
             cells.append(_change(metric, measured, side))
         else:
             side = column
-            cells.append(NOISE if is_hidden_by_noise(measured, side, metric.key) else _text(metric, measured, side))
+            cells.append(_text(metric, measured, side))
     return cells
 
 
 def _change(metric: ReportedMetric, measured: Mapping[str, Any], side: str) -> str:
     values = [(measured.get(name) or {}).get(metric.key) for name in (BEFORE, side)]
     if is_hidden_by_noise(measured, side, metric.key):
-        return ""
+        return NOISE
     if is_within_spread(measured, side, metric.key):
         return WITHIN_SPREAD
     return relative_change(metric, *values)
@@ -156,8 +156,8 @@ def _time_notes(measured: Mapping[str, Any], after: Mapping[str, Any]) -> list[s
     notes = [f"Times{what}: {measured_in}, {order}"]
     if reason := noise_reason(measured):
         hidden = any(is_hidden_by_noise(measured, side, key) for side in (AFTER, ACCELERATED) for key in SPREAD)
-        left_out = f'. "{NOISE}" stands for a time that differs from the original\'s by no more than the spread'
-        notes.append(f"The host was noisy while times were measured: {reason}{left_out if hidden else ''}")
+        meaning = f'. "{NOISE}" stands for a difference from the original\'s time that is no larger than the spread'
+        notes.append(f"The host was noisy while times were measured: {reason}{meaning if hidden else ''}")
     return notes
 
 

@@ -191,15 +191,24 @@ def test_a_model_is_built_under_every_scheme(scheme):
         assert (made.model.layers[1].mlp.up_proj.weight.view(-1, 4) != 0).sum(1).le(2).all()
 
 
-@pytest.mark.parametrize("mode", decode.MODES)
-def test_decoding_is_timed(mode):
+@pytest.mark.parametrize("mode", decode.CPU_MODES)
+def test_decoding_is_timed(mode, caplog):
     found = results()
+    caplog.set_level("INFO", "hf_optim")
     model_runner.run_models(found, "tiny", ["dense"], model_runner.ModelBenchSettings([mode], [2], 6), torch.float32)
     (one,) = found.decode
     assert one.failure == ""
+    assert caplog.messages[-1] == f"{one.name}: {one.ms:.2f} ms"
     assert 0 < one.ms <= one.overall_ms * 6
     assert one.batch == 2
     assert one.weights_gb > 0
+
+
+def test_what_a_cpu_does_not_compile_is_said_and_not_measured(caplog):
+    found = results()
+    settings = model_runner.ModelBenchSettings(["unguarded"], [2], 6)
+    model_runner.run_models(found, "tiny", ["dense"], settings, torch.float32)
+    assert "compiles no generation on a CPU" in found.decode[0].failure
 
 
 def test_a_scheme_that_cannot_be_built_is_a_row():
@@ -313,3 +322,13 @@ def test_generate_is_timed_on_a_cpu_as_the_loop_that_runs_there(monkeypatch):
     assert graph["ms"] == dynamic["ms"] == 7.0
     assert set(seen) == {12}
     assert 0 < graph["first_ms"] < graph["warmup_s"] * 1e3 + 1e3
+
+
+def test_the_legend_of_the_roofline_is_beside_the_points(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(roofline, "save", lambda figure, path: kept.append(figure) or path)
+    roofline.roofline(results(row(), row("dense", "dense"), row(M=64)), tmp_path / "roofline.png")
+    (figure,) = kept
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1

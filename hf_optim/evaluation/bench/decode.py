@@ -15,6 +15,8 @@ from ...compressed.packed.accelerate import compile_config
 
 # "unguarded": a static cache, compiled with ``hf_optim.compile_config()``; "graph": ``hf_optim.generate``.
 MODES = ("dynamic", "static", "unguarded", "graph")
+# transformers compiles nothing on a CPU, and there unguarded would be static.
+CPU_MODES = ("dynamic", "static", "graph")
 PROMPT = 32
 NEW_TOKENS = 64
 # The first two compile, the third records CUDA graphs.
@@ -109,6 +111,8 @@ def generate(model: PreTrainedModel, mode: str, batch: int, new_tokens: int) -> 
     timer = StepTimer()
     cache: dict[str, Any] = {} if mode == "dynamic" else {"cache_implementation": "static"}
     if mode == "unguarded":
+        if model.device.type == "cpu":
+            raise ValueError("transformers compiles no generation on a CPU: unguarded is the same as static")
         cache["compile_config"] = compile_config()
     synchronize(model)
     start = time.perf_counter()

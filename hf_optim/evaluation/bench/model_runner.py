@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...compressed.packed.layer_report import report
+from ...runs.progress import stage
 from . import decode, models, prefill
 from .environment import Deadline, short_error, timing_tools
 from .results import DecodeResult, PrefillResult, Results
@@ -65,7 +66,8 @@ def _run_scheme(
     results: Results, model: str, scheme: str, settings: ModelBenchSettings, dtype: torch.dtype, deadline: Deadline
 ) -> None:
     try:
-        built = models.build(model, scheme, dtype, timing_tools().device())
+        with stage(f"building {model} under {scheme}"):
+            built = models.build(model, scheme, dtype, timing_tools().device())
     except Exception as error:
         log.debug("building failed", exc_info=True)
         for row, _ in _measurements(model, scheme, settings):
@@ -103,7 +105,7 @@ def _measurements(
 
 
 def _append(results: Results, row: DecodeResult | PrefillResult) -> None:
-    log.info("%s: %s", row.name, row.failure or f"{row.ms} ms")
+    log.info("%s: %s", row.name, row.failure or f"{row.ms:.2f} ms")
     if isinstance(row, DecodeResult):
         results.decode.append(row)
     else:

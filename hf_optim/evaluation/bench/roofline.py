@@ -77,7 +77,8 @@ def _panel(axes: Any, rows: list[OpResult], results: Results) -> None:
             zorder=2 if peer else 3,
         )
     _ceilings(axes, rows, results.ceilings)
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    # Beside the axes: among the points, a marker of the legend would look like one of them.
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _ceilings(axes: Any, rows: list[OpResult], ceilings: dict[str, float]) -> None:

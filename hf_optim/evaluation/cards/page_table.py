@@ -9,6 +9,7 @@ from typing import Any
 
 from ...recipes.contract import Reload
 from ...trust.html import Html, breakable, element
+from ..comparison import NOISE
 from ..reported import REPORTED_METRICS, format_bytes
 from ..timings import SPREAD, is_hidden_by_noise
 from .page_plot import mark
@@ -53,15 +54,16 @@ def _metric(key: str, side: str = "after") -> dict[str, Any]:
 
 
 def _time(side: str) -> dict[str, Any]:
-    """Return the milliseconds per token on a side, unless noise hides them, and half their interquartile range."""
+    """Return the milliseconds per token on a side, half their interquartile range, and if a difference is noise."""
     key = "ms_per_token"
 
     def number(card: CardSummary) -> float | None:
-        return None if is_hidden_by_noise(card.record.measured, side, key) else card.figure(side, key)
+        return card.figure(side, key)
 
     def shown(card: CardSummary, value: float) -> str:
         spread = card.figure(side, SPREAD[key])
-        return f"{value:.2f}" + (f" ± {spread / 2:.2f}" if spread is not None else "")
+        noise = f" ({NOISE})" if is_hidden_by_noise(card.record.measured, side, key) else ""
+        return f"{value:.2f}" + (f" ± {spread / 2:.2f}" if spread is not None else "") + noise
 
     return {"number": number, "shown": shown}
 

@@ -99,8 +99,8 @@ class KVCache(Technique):
             "Key/value cache",
             f"In `hf_optim.generate`, the keys and values of {metrics['layers_quantized']} of {metrics['layers']} "
             f"layers are kept in {bits}, with a scale for {scales} of the keys, and for each token and head of the "
-            f"values; {self._in_full_precision()} are in full precision. At {metrics['context']} tokens of "
-            f"context, a sequence takes {metrics['bytes_after']} bytes instead of {metrics['bytes_before']} in 16 "
+            f"values; {self._in_full_precision()} are in full precision. At {metrics['context']:,} tokens of "
+            f"context, a sequence takes {metrics['bytes_after']:,} bytes instead of {metrics['bytes_before']:,} in 16 "
             "bits. The step changes no weight, and transformers' own `generate` has its ordinary cache. Quality, "
             "memory and times in the results, where there are any, are those of that cache, not of this step.",
         )

@@ -39,7 +39,7 @@ def test_record_and_card_have_the_bytes(tmp_path):
     assert reported["bytes_before"] == plain
     assert reported["bytes_after"] == small
     text = (tmp_path / "README.md").read_text()
-    assert f"takes {small} bytes instead of {plain}" in " ".join(text.split())
+    assert f"takes {small:,} bytes instead of {plain:,}" in " ".join(text.split())
     assert "are those of that cache, not of this step." in " ".join(text.split())
     assert json.loads((tmp_path / "config.json").read_text())["hf_optim_key_values"]["bits"] == 4
 
