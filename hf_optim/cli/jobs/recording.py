@@ -49,7 +49,7 @@ def recordable(models: Sequence[str], base: ModelSource) -> Iterator[dict[str, R
         found = {}
         for model in models:
             if not os.path.isdir(model):
-                raise CheckpointError(f"--record writes into checkpoints on disk: {model} is no directory here")
+                raise CheckpointError(f"--record writes into checkpoints on disk: {model} is not a directory")
             locks.enter_context(locked(model))
             found[model] = _checked(Path(model), base)
         yield found
