@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..recipes.technique import Technique
 from ..runs.acceptance import require_in_memory_map, require_model, require_runnable
 from ..runs.progress import stage
 from ..runs.run import Run, traits_of, traits_of_config
+from ..runs.stored_zeros import KnownZeros, known_zeros
 from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
@@ -31,7 +33,9 @@ from ..toolkit.checkpoint.stock_errors import explained
 from ..toolkit.checkpoint.stored_codes import require_known_format
 from ..toolkit.distributed.fsdp import has_sharded_parameters
 from ..toolkit.offloading import offload_plan
+from ..trust.lookup import Where
 from .load_arguments import (
+    LOOKUP,
     apply_prepared,
     check_files,
     given_experts,
@@ -106,8 +110,9 @@ def load(
     model, info = _load_placed(stock, source, args, run.config, files, kwargs, new_heads)
     run.loading = False
     attach_exits(model, source, kwargs)
-    recipe.check(traits_of(model))  # what its configuration alone does not show
-    attach_model(run, model, source, kwargs.get("revision"))
+    zeros = _stored_zeros(model, source, kwargs)
+    recipe.check(traits_of(model) | zeros.traits)  # what its configuration alone does not show
+    attach_model(run, model, source, kwargs.get("revision"), zeros)
     if files:
         run.record.measured["before"] = {"bytes_on_disk": sum(path.stat().st_size for path in files)}
     model = run_stages(run, calibration)
@@ -144,7 +149,7 @@ def _load_offloaded(
     model, info = _load_placed(stock, source, args, run.config, files, given, NewHeads.NONE, packed)
     model.eval()
     run.loading = False
-    attach_model(run, model, source, kwargs.get("revision"))
+    attach_model(run, model, source, kwargs.get("revision"), _stored_zeros(model, source, kwargs))
     run.record.measured["before"] = {"bytes_on_disk": sum(path.stat().st_size for path in files)}
     converter = PackedBlocks(kernels_for(model)) if packed is not None else None
     try:
@@ -203,7 +208,8 @@ def optimize(
     run = start_run(recipe, model.config)
     run.tokenizer, run.journal, run.dense, run.announce = tokenizer, journal, dense, announce
     run.device = torch.device(device) if device is not None else None
-    recipe.check(traits_of(model))
+    zeros = known_zeros(model)
+    recipe.check(traits_of(model) | zeros.traits)
     _refuse_shards(recipe, model)
     try:
         require_data(run, calibration)
@@ -211,12 +217,20 @@ def optimize(
         require_supported_steps(recipe, model, dense=dense)  # no data would help a model that a step refuses
         raise
     apply_prepared(run, model)
-    attach_model(run, model, getattr(model.config, "_name_or_path", None))
+    attach_model(run, model, getattr(model.config, "_name_or_path", None), zeros=zeros)
     model = run_stages(run, calibration)
     if kernels and run.finished:
         _put_on_kernels(model)
     offload_finished(run, model)
     return model
+
+
+def _stored_zeros(model: PreTrainedModel, source: Any, kwargs: Mapping[str, Any]) -> KnownZeros:
+    """Return the zeros that the record of a checkpoint tells of, wherever it was found."""
+    if source is None:
+        return known_zeros(model)
+    lookup = {key: kwargs.get(key) for key in LOOKUP if key not in ("subfolder", "force_download")}
+    return known_zeros(model, Where(os.fspath(source), kwargs.get("subfolder") or "", lookup))
 
 
 def _refuse_streamed(recipe: OptimConfig) -> None:

@@ -84,7 +84,7 @@ class OptimQuantizer(OptimumQuantizer):
         recipe = OptimConfig.parse(recipe)
         for stage in recipe.stages:
             if stage.trains:
-                raise RecipeError(f"{stage} trains: use hf_optim.OptimTrainer, or `hf-optim compress`")
+                raise RecipeError(f"{stage.label} trains: use hf_optim.OptimTrainer, or `hf-optim compress`")
         self.model = optimize(self.model, recipe, calibration, tokenizer=self.tokenizer)
         self.model.save_pretrained(save_dir, **kwargs)
         return Path(save_dir)

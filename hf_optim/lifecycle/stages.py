@@ -43,6 +43,7 @@ from ..runs.memory import PeakMemory
 from ..runs.progress import silenced
 from ..runs.record import public_name
 from ..runs.run import ATTRIBUTE, Run, StageState, find_run, require_sound, run_of, traits_of
+from ..runs.stored_zeros import KnownZeros, describe_masks, find_pending, known_zeros
 from ..toolkit import topology
 from ..trust.bounds import first_line
 from .step_checks import require_supported_steps
@@ -90,12 +91,19 @@ def _wrong_hook(step: Technique, error: Exception) -> str:
     return first_line(error)
 
 
-def attach_model(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:
-    """Give a run its model, and record where the model comes from. A run that the model had before is released."""
+def attach_model(
+    run: Run, model: PreTrainedModel, source: Any, revision: str | None = None, zeros: KnownZeros | None = None
+) -> None:
+    """Give a run its model, and record where the model comes from. A run that the model had before is released.
+
+    ``zeros`` are those that an earlier run has pruned, if they are known already.
+    """
+    zeros = known_zeros(model) if zeros is None else zeros
     if find_run(model) is not None:
         release(model)
     run.model = model
     run.traits = traits_of(model)
+    zeros.give(run)
     run.record.base_model = {
         "id": public_name(source),
         "revision": commit_of(os.fspath(source), revision) if source is not None else None,
@@ -117,6 +125,7 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
         require_model(run.model)
         if any(step.phases() - {Phase.LOAD} for step in run.recipe.steps):
             decode_loaded(run.model)
+        find_pending(run)
         _load_data(run, stage)
         require_finite(run.model, "", "")
         _require_effective_patterns(run, stage)
@@ -178,7 +187,7 @@ def complete_stage(run: Run) -> None:
     """Finalize the current stage and update the traits of the model; the next stage, if any, becomes current."""
     stage = _current(run)
     if run.stage_state is StageState.TRAINING:
-        sentence = f"{stage}: training did not reach its end (it was interrupted or raised)"
+        sentence = f"{stage.label}: training did not reach its end (it was interrupted or raised)"
         run.record.note(sentence)
         log.warning("%s; the stage is completed with the model as it is", sentence)
     with _failing(run, "finalizing"):
@@ -186,6 +195,7 @@ def complete_stage(run: Run) -> None:
         require_finite(run.model, "", str(stage))
         record_coverage(run, stage.steps)
         recount_zeros(run)
+        run.record.pruned = describe_masks(run)
         warn_unfulfilled(run, stage.steps)
     for step in stage.steps:
         contract = step.contract()
@@ -204,7 +214,7 @@ def fail_stage(run: Run, doing: str, error: BaseException) -> None:
     """Mark the current stage as failed. From then on ``advance`` and ``save_pretrained`` of the model refuse."""
     run.stage_state = StageState.FAILED
     reason = first_line(error, MAX_MESSAGE // 2, typed=True)
-    run.failure = f"{run.stage} failed while {doing} ({reason})"
+    run.failure = f"{run.stage.label} failed while {doing} ({reason})"
     run.drop_inputs()
     saving.attach_save_methods(run)
 
@@ -335,7 +345,7 @@ def _load_data(run: Run, stage: Stage) -> None:
         return
     if run.source is None and run.recipe.calibration.dataset is None:
         require_data(run, None)
-        raise DataError(f"{run.stage} needs calibration data: call hf_optim.advance(model, calibration=...)")
+        raise DataError(f"{run.stage.label} needs calibration data: call hf_optim.advance(model, calibration=...)")
     if run.tokenizer is None:
         run.tokenizer = find_processor(getattr(run.model.config, "_name_or_path", ""), run.model.main_input_name)
     run.data = build_calibration_data(

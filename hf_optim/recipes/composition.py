@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,13 @@ from .traits import Trait
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that go through the lifecycle together: load, transform, calibrate, train, finalize."""
+    """Steps that go through the lifecycle together: load, transform, calibrate, train, finalize.
+
+    ``first`` is the place of the first of them in the recipe, from 0.
+    """
 
     steps: tuple[Technique, ...]
+    first: int = 0
 
     @property
     def trains(self) -> bool:
@@ -32,6 +37,11 @@ class Stage:
     def needs_data(self) -> bool:
         """True if a step of the stage needs calibration batches."""
         return any(Phase.CALIBRATE in step.phases() and step.needs_data() for step in self.steps)
+
+    @property
+    def label(self) -> str:
+        """What errors call it: ``"step 1 (magnitude), step 2 (logit_kd)"``."""
+        return ", ".join(step_label(number, step) for number, step in enumerate(self.steps, self.first))
 
     def __str__(self) -> str:
         return "[" + ", ".join(step.name for step in self.steps) + "]"
@@ -52,7 +62,8 @@ def split_stages(steps: Sequence[Technique]) -> list[Stage]:
             reached = Phase.LOAD
         stages[-1].append(step)
         reached = max(reached, *phases)
-    return [Stage(tuple(members)) for members in stages]
+    firsts = itertools.accumulate(map(len, stages), initial=0)
+    return [Stage(tuple(members), first) for members, first in zip(stages, firsts, strict=False)]
 
 
 def _ordering_phases(step: Technique) -> frozenset[Phase]:
@@ -148,7 +159,8 @@ def _fragile(
     contract = step.contract()
     for trait in sorted(traits - contract.keeps - contract.drops, key=str):
         if trait.fragile and _rewrites_weights(step):
-            yield origins.get(trait), f"{label} rewrites weights and would destroy {trait}"
+            loaded = "" if trait in origins else ", which the loaded model has"
+            yield origins.get(trait), f"{label} rewrites weights and would destroy {trait}{loaded}"
 
 
 def _check_load_steps(steps: Sequence[Technique]) -> None:
@@ -156,9 +168,10 @@ def _check_load_steps(steps: Sequence[Technique]) -> None:
     for number, stage in enumerate(split_stages(steps)[1:], start=2):
         for step in stage.steps:
             if step.implements("prepare_load"):
+                index = next(index for index, other in enumerate(steps) if other is step)
                 raise RecipeError(
-                    f"move {step.name} before the steps that train or calibrate: it acts while the model is loaded, "
-                    f"but is in stage {number}"
+                    f"move {step_label(index, step)} before the steps that train or calibrate: it acts while the model "
+                    f"is loaded, but is in stage {number}"
                 )
 
 

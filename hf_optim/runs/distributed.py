@@ -83,7 +83,7 @@ def refuse_distributed(recipe: Any) -> None:
         raise RecipeError("driver streamed works with one rank: leave torchrun out, or leave the driver out")
     for stage in recipe.stages:
         if stage.trains:
-            raise RecipeError(f"{stage} trains: compress a recipe with training stages with one rank")
+            raise RecipeError(f"{stage.label} trains: compress a recipe with training stages with one rank")
         for step in stage.steps:
             if step.needs_teacher() or step.spec.parallel.calibration is OnRanks.NO:
                 raise RecipeError(

@@ -40,6 +40,8 @@ class Record:
             (the data), and ``timing`` (``{"what", "in_turn", "load_average", "cores"}``).
         reload: the name of the reload level.
         traits: names of the traits of the result.
+        pruned: parameter name -> ``{"weights", "zeros", "pattern": [N, M]}`` of the parameters of which weights were
+            pruned; ``pattern`` only where zeros follow one. By it a further recipe finds the zeros again.
         notes: warnings for the card: what could not be done, and why.
         sections: what steps add to the card beyond their metrics: paragraphs, tables, images.
         finished: False for a checkpoint from the middle of a recipe.
@@ -56,6 +58,7 @@ class Record:
     measured: dict[str, Any] = field(default_factory=dict)
     reload: str = "STOCK_DENSE"
     traits: list[str] = field(default_factory=list)
+    pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sections: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False

@@ -30,6 +30,11 @@ def _path(value: str) -> None:
         raise ValueError("it must be a path in the checkpoint")
 
 
+def _pattern(value: list[int]) -> None:
+    if len(value) != 2 or not 0 < value[0] <= value[1]:
+        raise ValueError("it must be [N, M] with 0 < N <= M")
+
+
 class Of:
     """A shape with a further check of the value."""
 
@@ -92,6 +97,7 @@ SHAPES: dict[str, Any] = {
     },
     "reload": str,
     "traits": [str],
+    "pruned": {...: {"weights": int, "zeros": int, "pattern": Of([int], _pattern)}},
     "notes": [str],
     "sections": [_SECTION],
     "finished": bool,
@@ -113,6 +119,8 @@ def check_record(data: dict[str, Any]) -> dict[str, Any]:
         _require(entry, ("weights_touched", "weights_total", "share", "skipped"), "coverage")
         for part in entry.get("left_alone", {}).values():
             _require(part, ("reason", "names", "weights"), "coverage.left_alone")
+    for entry in data.get("pruned", {}).values():
+        _require(entry, ("weights", "zeros"), "pruned")
     for section in data.get("sections", ()):
         kind = section.get("kind")
         if kind not in _REQUIRED:

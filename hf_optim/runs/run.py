@@ -53,6 +53,8 @@ class Run:
             state dict; the host re-applies them after every optimizer step.
         nm_patterns: parameter name -> ``(keep, group)`` for parameters whose mask follows an N:M pattern
             (along the input dimension).
+        pending_zeros: parameter name -> entry of ``Record.pruned``: weights that an earlier recipe pruned, and whose
+            masks are made once they have values (``runs.stored_zeros``).
         bit_plan: module name -> bits of a weight, if a step assigns them; steps that quantize follow it (``bits_of``).
         source: the calibration data of the caller, in any form; None for what the recipe names.
         data: the calibration batches (``data.calibration_set.CalibrationData``), or None.
@@ -81,6 +83,7 @@ class Run:
         self.traits: set[Trait] = set()
         self.masks: dict[str, torch.Tensor] = {}
         self.nm_patterns: dict[str, tuple[int, int]] = {}
+        self.pending_zeros: dict[str, dict[str, Any]] = {}
         self.bit_plan: dict[str, int] = {}
         self.source: Any = None
         self.data: Any = None
@@ -246,14 +249,14 @@ class Run:
     def rename(self, renamed: Callable[[str], Iterable[str]]) -> None:
         """Rename everything that the run keeps by name of a module or parameter.
 
-        That is ``masks``, ``nm_patterns``, ``bit_plan``, and the coverage of earlier steps. A step whose
-        ``transform_model`` or ``calibrate`` moves, removes or copies layers calls it before its own ``cover``.
+        That is ``masks``, ``nm_patterns``, ``pending_zeros``, ``bit_plan``, and the coverage of earlier steps. A step
+        whose ``transform_model`` or ``calibrate`` moves, removes or copies layers calls it before its own ``cover``.
 
         Args:
             renamed: maps a name to the names after the change: none if the module was removed, several if it was
                 copied.
         """
-        tables: list[dict[str, Any]] = [self.masks, self.nm_patterns, self.bit_plan]
+        tables: list[dict[str, Any]] = [self.masks, self.nm_patterns, self.pending_zeros, self.bit_plan]
         for table in tables:
             moved = {new: value for name, value in table.items() for new in renamed(name)}
             table.clear()

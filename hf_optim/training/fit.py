@@ -163,7 +163,7 @@ def train_dense(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
 def require_own_loss(stage: Stage) -> None:
     """Raise ``DataError`` if random inputs, which have no labels, cannot train a stage: no step adds a loss."""
     if not any(step.implements("training_loss") for step in stage.steps):
-        raise DataError(f"{stage} trains on labels, which random data has none of: name a dataset (--train DATA)")
+        raise DataError(f"{stage.label} trains on labels, which random data has none of: name a dataset (--train DATA)")
 
 
 def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Row], Any]:

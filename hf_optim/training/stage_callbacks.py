@@ -46,10 +46,10 @@ def stage_callbacks(run: Run) -> list[TrainerCallback]:
         return [MaskCallback(run)] if run.masks else []
     if not stage.trains:
         raise OptimError(
-            f"{stage} waits for data, not for training: call hf_optim.advance(model, calibration=...) first"
+            f"{stage.label} waits for data, not for training: call hf_optim.advance(model, calibration=...) first"
         )
     if not run.stage_entered:
-        raise OptimError(f"{stage} was not prepared for training: call model = hf_optim.advance(model) first")
+        raise OptimError(f"{stage.label} was not prepared for training: call model = hf_optim.advance(model) first")
     native = [callback for group in run.call("training_callbacks") for callback in group]
     states = CheckpointCallback(run)
     return [states, NonFiniteCallback(run), *native, MaskCallback(run), StageCallback(run, stage, states)]

@@ -46,7 +46,7 @@ def test_a_stage_that_failed_in_calibration_is_not_taken_for_done(half_quantized
     run = run_of(half_quantized)
     assert run.stage_state is StageState.FAILED
     message = (
-        r"\[gptq\] failed while transforming and calibrating \(OutOfMemoryError: CUDA out of memory .*load it again"
+        r"step 1 \(gptq\) failed while transforming and calibrating \(OutOfMemoryError: CUDA out of .*load it again"
     )
     with pytest.raises(OptimError, match=message):
         hf_optim.advance(half_quantized)
@@ -265,3 +265,12 @@ def test_a_training_that_raised_is_not_a_finished_checkpoint(tmp_path):
 
 def rows():
     return [{"input_ids": torch.arange(8) + 3, "labels": torch.arange(8) + 3} for _ in range(16)]
+
+
+def test_refusals_name_the_steps_of_a_stage_by_number():
+    with pytest.raises(hf_optim.RecipeError, match=r"^move step 2 \(longformer\) before the steps that train"):
+        hf_optim.OptimConfig.parse(["magnitude", "longformer"]).check()
+    model = hf_optim.optimize(tiny_llama(), ["magnitude", "gmp"])
+    run_of(model).stage_state = StageState.PENDING
+    with pytest.raises(OptimError, match=r"^step 1 \(magnitude\), step 2 \(gmp\) was not prepared for training"):
+        hf_optim.callbacks(model)

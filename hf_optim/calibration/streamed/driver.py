@@ -23,6 +23,7 @@ from ...runs.memory import map_large_blocks, release_freed_pages
 from ...runs.progress import Items, progress
 from ...runs.run import Run
 from ...runs.scope import Example, Scope
+from ...runs.stored_zeros import find_pending
 from ...toolkit import topology
 from ...toolkit.modules.finite import nonfinite
 from ...toolkit.modules.modes import eval_mode
@@ -149,6 +150,7 @@ class StreamedDriver:
         block = self.blocks[index]
         scope = Scope(block.name, block.module, self.model, index, len(self.blocks), teacher=references)
         require_finite(block.module, block.name, "")
+        find_pending(self.run, f"{block.name}.")
         with self._refuse_changes_outside(block):
             for step in self.steps:
                 shown.note(f"{block.name}: {step.name}")
@@ -202,6 +204,7 @@ class StreamedDriver:
         try:
             if steps:
                 self.non_block_weights.materialize()
+                find_pending(self.run)
             for step in steps:
                 run_calibration(self.run, step, self._non_block_scope(), self._run_model)
             self.output.write_non_blocks(

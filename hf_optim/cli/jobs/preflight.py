@@ -25,11 +25,13 @@ from ...recipes.streamable import require_streamable
 from ...recipes.traits import Trait
 from ...runs import distributed
 from ...runs.run import traits_of, traits_of_config
+from ...runs.stored_zeros import known_zeros
 from ...toolkit import topology
 from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders
 from ...training.arguments import require_trainable
 from ...training.fit import RANDOM, TEXT_TASKS, require_tokenizer, require_trainable_stage, training_rows
+from ...trust.lookup import Where
 from .estimate import estimate
 from .plan import Plan
 from .room import require_memory, require_space, require_writable
@@ -87,7 +89,11 @@ def preflight(plan: Plan, output: Path | None = None, *, offline: bool = False, 
     model: Any = (
         meta_model.model if meta_model is not None else build_meta_model(source.config, source.trust_remote_code)
     )
-    traits = recipe.check(traits_of(model)) if meta_model is not None else traits
+    # What the record says of zeros; their tensors are looked at once they are read.
+    known = known_zeros(model, Where(source.model, "", {"revision": source.revision, "local_files_only": offline}))
+    traits = recipe.check(
+        (traits_of(model) if meta_model is not None else traits_of_config(source.config)) | known.traits
+    )
     notes: list[str] = []
     if meta_model is not None:
         notes += check_shards(meta_model, source.model, recipe.driver == "streamed")
@@ -111,11 +117,13 @@ def require_named_data(plan: Plan) -> None:
     for stage in plan.recipe.stages:
         if stage.needs_data and plan.recipe.calibration.dataset is None:
             raise DataError(
-                f"{stage} needs calibration data: pass --calibration DATA, or name a dataset in the recipe under "
+                f"{stage.label} needs calibration data: pass --calibration DATA, or name a dataset in the recipe under "
                 "`calibration:`"
             )
         if stage.trains and plan.training_data.dataset is None:
-            raise DataError(f"{stage} trains: pass --train DATA, or name a dataset in the recipe under `calibration:`")
+            raise DataError(
+                f"{stage.label} trains: pass --train DATA, or name a dataset in the recipe under `calibration:`"
+            )
 
 
 def read_calibration(plan: Plan, tokenizer: Any, model: Any = None) -> CalibrationData | None:

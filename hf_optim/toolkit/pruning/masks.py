@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...errors import ModelError, NumericalError
 from ..distributed import fsdp
@@ -37,6 +38,7 @@ __all__ = [
     "has_nm_pattern",
     "keep_largest",
     "layer_masks",
+    "mask_has_nm_pattern",
     "mask_out_in",
     "nm_mask",
     "parameter_has_nm_pattern",
@@ -223,8 +225,14 @@ def parameter_has_nm_pattern(model: nn.Module, parameter: str, keep: int, group:
     module = model.get_submodule(parameter.rpartition(".")[0])
     if is_linear(module):
         return has_nm_pattern(fsdp.full_tensor(weight_out_in(module).detach()), keep, group)
-    stacked = fsdp.full_tensor(model.get_parameter(parameter).detach())
-    return has_nm_pattern(stacked.mT if getattr(module, "is_transposed", False) else stacked, keep, group)
+    return mask_has_nm_pattern(model, parameter, fsdp.full_tensor(model.get_parameter(parameter).detach()), keep, group)
+
+
+def mask_has_nm_pattern(model: nn.Module, parameter: str, mask: Tensor, keep: int, group: int) -> bool:
+    """Return ``has_nm_pattern`` of a mask (or of values) that is stored as the parameter of that name."""
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    is_turned = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    return has_nm_pattern(mask.mT if is_turned else mask, keep, group)
 
 
 def _check_group(width: int, keep: int, group: int) -> None:
