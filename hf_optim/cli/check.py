@@ -16,7 +16,7 @@ from ..errors import MissingRecipe, OptimError, RecipeError, cli_message
 from ..evaluation.cache_sizes import cache_report, parse_batch_length, scheme_of_steps
 from ..recipes.config import OptimConfig
 from ..recipes.contract import OnRanks, Parallel
-from ..recipes.traits import FLOAT_WEIGHTS
+from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from .options import (
     add_data_options,
     add_driver_options,
@@ -123,12 +123,16 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
 
 def examine(recipe: OptimConfig, plan: Plan | None) -> dict[str, Any]:
     """Return the report of ``check`` for a recipe, and for what is to be done with it. Raises ``OptimError``."""
-    found = None
+    found, level = None, recipe.reload
     if plan is not None:
+        from ..runs.claims import reload_of
         from .jobs.preflight import preflight
 
         found = preflight(plan, offline=True, data=True)
         traits = found.traits
+        if plan.dense:
+            traits = (traits - {QUANTIZED}) | {FLOAT_WEIGHTS}
+        level = reload_of(level, found.model, traits)
     else:
         traits = recipe.check({FLOAT_WEIGHTS})
     report: dict[str, Any] = {
@@ -148,8 +152,8 @@ def examine(recipe: OptimConfig, plan: Plan | None) -> dict[str, Any]:
         },
         "traits": sorted(map(str, traits)),
         "parallel": parallel_of(recipe),
-        "reload": recipe.reload.name,
-        "reload_means": recipe.reload.value,
+        "reload": level.name,
+        "reload_means": level.value,
     }
     if found is not None:
         report["model"] = found.estimates

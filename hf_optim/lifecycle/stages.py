@@ -214,7 +214,7 @@ def fail_stage(run: Run, doing: str, error: BaseException) -> None:
     """Mark the current stage as failed. From then on ``advance`` and ``save_pretrained`` of the model refuse."""
     run.stage_state = StageState.FAILED
     reason = first_line(error, MAX_MESSAGE // 2, typed=True)
-    run.failure = f"{run.stage.label} failed while {doing} ({reason})"
+    run.failure = f"{run.stage.label if run.stage else 'the run'} failed while {doing} ({reason})"
     run.drop_inputs()
     saving.attach_save_methods(run)
 
@@ -345,7 +345,7 @@ def _load_data(run: Run, stage: Stage) -> None:
         return
     if run.source is None and run.recipe.calibration.dataset is None:
         require_data(run, None)
-        raise DataError(f"{run.stage.label} needs calibration data: call hf_optim.advance(model, calibration=...)")
+        raise DataError(f"{stage.label} needs calibration data: call hf_optim.advance(model, calibration=...)")
     if run.tokenizer is None:
         run.tokenizer = find_processor(getattr(run.model.config, "_name_or_path", ""), run.model.main_input_name)
     run.data = build_calibration_data(

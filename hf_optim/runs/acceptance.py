@@ -32,6 +32,12 @@ def require_model(model: Any) -> None:
             f"{compiled} was compiled, and hooks of a compiled module do not run: optimize the model first, then "
             "compile it"
         )
+    adapted = next((n for n, m in model.named_modules() if hasattr(m, "lora_A") or hasattr(m, "get_base_layer")), None)
+    if adapted is not None:
+        raise ModelError(
+            f"{adapted} of {kind} holds adapters: merge them first (merge_and_unload() of the PeftModel), or take the "
+            "model without them"
+        )
     require_in_memory(model)
     _require_constant_weights(model)
     for name, parameter in model.named_parameters():

@@ -10,7 +10,8 @@ the run was given, which may have code of its own or quantized weights, and on w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from ..recipes.contract import Reload
 from ..recipes.technique import Technique
@@ -46,11 +47,26 @@ def settle_reload(run: Run) -> None:
     ``STOCK_FORMAT``, and floating-point ones are not that.
     """
     model, level = run.model, Reload[run.record.reload]
-    if not is_stock(model) and getattr(model.config, "auto_map", None):
-        level = Reload.REMOTE_CODE
-    elif level is Reload.REMOTE_CODE:
+    if level is Reload.REMOTE_CODE and not _has_own_code(model):
         same = type(model).__name__ == run.record.base_model.get("class")
         level = Reload.STOCK_DENSE if same else Reload.STOCK_ARCH
+    run.record.reload = reload_of(level, model, run.traits).name
+
+
+def reload_of(level: Reload, model: Any, traits: Collection[Trait]) -> Reload:
+    """Return the reload level of the result of a recipe.
+
+    Args:
+        level: that of the recipe (``OptimConfig.reload``).
+        model: the result, or the model that the recipe is for, if no more is known; it may be on the meta device.
+        traits: those of the result.
+    """
+    if _has_own_code(model):
+        return Reload.REMOTE_CODE
     if level in (Reload.STOCK_DENSE, Reload.STOCK_FORMAT):
-        level = Reload.STOCK_FORMAT if QUANTIZED in run.traits else Reload.STOCK_DENSE
-    run.record.reload = level.name
+        return Reload.STOCK_FORMAT if QUANTIZED in traits else Reload.STOCK_DENSE
+    return level
+
+
+def _has_own_code(model: Any) -> bool:
+    return not is_stock(model) and bool(getattr(model.config, "auto_map", None))

@@ -115,6 +115,7 @@ def int8_linear(model):
         (block_compiled, "was compiled"),
         (nn.DataParallel, r"model\.module"),
         (peft, "merge_and_unload"),
+        (lambda model: peft(model).get_base_model(), r"q_proj of LlamaForCausalLM holds adapters: merge them first"),
         (int8_linear, "int8 codes of another quantizer"),
         (lambda model: model.model.layers[0], "not a transformers model"),
         (lambda model: None, "expected a transformers model"),

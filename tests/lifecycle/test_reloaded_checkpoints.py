@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Compressed
 
 import hf_optim
 from hf_optim import RecipeError, optimize, run_of
+from hf_optim.cli.check import check
 from hf_optim.cli.jobs.compress import _make_dense
 from hf_optim.toolkit import topology
 
@@ -62,6 +63,7 @@ def test_record_and_card_say_how_the_result_loads(name, first, level, trust, aut
     card = (tmp_path / "README.md").read_text()
     assert ("trust_remote_code=True" in card) == trust
     assert ("A format that transformers reads natively (compressed-tensors)." in card) == (level == "STOCK_FORMAT")
+    assert check([KV], str(source), trust_remote_code=trust)["reload"] == level
 
 
 def test_codes_of_a_class_of_its_own_are_quantized_weights_when_they_are_loaded(made):

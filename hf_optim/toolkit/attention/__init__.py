@@ -66,7 +66,7 @@ from .lsh_hashing import WIDEST, draw_rotations, hash_vectors
 from .lsh_layer import LshAttachment, NoKeys, drop_key_projections
 from .lsh_places import BUCKET, MOST_BUCKETS, PAPER, TRAX, LshScheme
 from .model_caches import call_uncompiled
-from .pattern import Pattern, visible
+from .pattern import Pattern, kept_tensors, visible
 from .pattern_models import (
     PatternConfig,
     PatternModel,
@@ -210,6 +210,7 @@ __all__ = [
     "is_causal",
     "is_detached",
     "kept_attention",
+    "kept_tensors",
     "layers_with",
     "layout_of",
     "lists_for",

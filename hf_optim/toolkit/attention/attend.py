@@ -23,6 +23,7 @@ from .device_constants import constant_on
 from .flash_cpu import Source, flash_attention, flash_on_cpu
 from .head_patterns import HeadPatterns, as_bias, seen_mask, weight_bias
 from .layout import BLOCK, Layout, layouts
+from .pattern import kept_tensors
 from .rows import Apart, Rows
 
 KERNEL = "hf_optim_kernels.sparse_attention.op"  # where it is installed
@@ -172,7 +173,7 @@ def lists_for(query: Tensor, heads: HeadPatterns, length: int, way: str) -> tupl
     return None if way == "auto" and share > LARGEST_SHARE else found
 
 
-@lru_cache(maxsize=256)
+@kept_tensors(256)
 def _lists(heads: HeadPatterns, length: int, device: torch.device) -> tuple[tuple[Layout, ...], float]:
     """Return the lists of blocks, and their share of those that a dense product with a mask computes, also behind the
     query.

@@ -11,12 +11,13 @@ from torch import Tensor
 from .attachment import FIELD
 from .head_patterns import HeadPatterns
 from .kept import NO_LIMIT
+from .pattern import kept_tensors
 from .pattern_models import is_detached
 
 NEVER = NO_LIMIT  # no later token is the first that does not see a key
 
 
-@lru_cache(maxsize=64)
+@kept_tensors(64)
 def expiries(heads: HeadPatterns, length: int) -> Tensor:
     """Return for the key at each position the first query position from which no head sees it, int64 ``[length]``.
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .layout import Layout
+from .pattern import kept_tensors
 
 GATHERED = 2**19  # numbers that are gathered of keys, or held in masks, at a time
 ORDERED = 2**20  # numbers of queries that are put into another order at a time
@@ -100,7 +100,7 @@ def parts_of_passes(lists: Sequence[Layout], query: Tensor, key: Tensor) -> Iter
         yield found
 
 
-@lru_cache(maxsize=256)
+@kept_tensors(256)
 def plan_of(layout: Layout, pattern: int, tokens: int, key_tokens: int) -> Plan:
     block = layout.block
     order_q, order_k = (None if o is None else o[pattern].long() for o in (layout.order_q, layout.order_k))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from .attend import attend, attend_lists, lists_for, long_enough, masked_attenti
 from .flash_cpu import Source
 from .head_patterns import HeadPatterns, seen_mask
 from .layout import BLOCK, Layout
+from .pattern import kept_tensors
 from .rows import Apart, Rows
 
 
@@ -212,7 +212,7 @@ def _pieces_seen(pattern: Tensor | None, tokens: BatchGlobals, pieces: Pieces, s
     return found & same
 
 
-@lru_cache(maxsize=64)
+@kept_tensors(64)
 def whole_layout(heads: int, queries: int, keys: int, device: torch.device) -> Layout:
     """Return the layout in which each of ``queries`` tokens sees each of ``keys`` others."""
     rows, columns = (-(-count // BLOCK) for count in (queries, keys))

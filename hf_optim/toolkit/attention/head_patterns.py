@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .device_constants import constant_on
-from .pattern import Pattern
+from .pattern import Pattern, kept_tensors
 from .rows import Rows
 
 
@@ -99,14 +99,8 @@ def seen_mask(heads: HeadPatterns, count: int, length: int, rows: Rows | None, d
     return seen & own[:, None]
 
 
+@kept_tensors(16)
 def _whole_mask(heads: HeadPatterns, length: int, device: torch.device) -> Tensor:
-    # Under a mode of dispatch, as in a trace, tensors have no values: no later call may find them.
-    made = _kept_mask.__wrapped__ if torch._C._len_torch_dispatch_stack() else _kept_mask
-    return made(heads, length, device)
-
-
-@lru_cache(maxsize=16)
-def _kept_mask(heads: HeadPatterns, length: int, device: torch.device) -> Tensor:
     key = torch.arange(length, device=device)
     return seen_by_head(heads, key[None, :, None], key[None, None, :], length)
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .pattern import Pass, Pattern
+from .pattern import Pass, Pattern, kept_tensors
 
 BLOCK = 64
 PAIRS_AT_ONCE = 2**18  # pairs of tokens that are compared at a time
@@ -70,7 +69,7 @@ class Layout:
         return torch.cat([bits, torch.ones_like(bits[:1]) if len(bits) else bits.new_ones(1, self.block, self.block)])
 
 
-@lru_cache(maxsize=256)
+@kept_tensors(256)
 def layouts(
     patterns: tuple[Pattern, ...], heads: tuple[int, ...], length: int, block: int, device: torch.device
 ) -> tuple[Layout, ...]:

@@ -5,12 +5,41 @@ This file is stored beside checkpoints, so it imports only torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .terms import Term
+
+
+def kept_tensors(maxsize: int) -> Callable[[Callable[..., Any]], Any]:
+    """Keep what a function makes of hashable arguments for later calls, as ``lru_cache`` does: tensors for any use.
+
+    They are ordinary tensors, on the CPU unless the function names a device: also if the first call is under
+    ``torch.inference_mode`` or has another default device. What is made under a mode of dispatch, as in a trace, may
+    have no values, so it is not kept.
+    """
+
+    def decorated(make: Callable[..., Any]) -> Any:
+        @lru_cache(maxsize=maxsize)
+        def kept(*args: Any) -> Any:
+            with torch.inference_mode(False), torch.device("cpu"):
+                return make(*args)
+
+        @wraps(make)
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+                return make(*args)
+            return kept(*args)
+
+        call.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+        return call
+
+    return decorated
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from hf_optim.toolkit.attention import (
     chosen,
     differ_by_row,
     flag,
+    kept_tensors,
     static_tokens,
     whole,
     with_static,
@@ -105,7 +105,7 @@ class NeighboursAndRandom(Term):
         return -(-length // self.block) <= self.limit
 
 
-@lru_cache(maxsize=256)
+@kept_tensors(256)
 def block_table(term: NeighboursAndRandom, count: int) -> Tensor:
     """Return which blocks see which in a row of ``count`` blocks, bool ``[count, count]``."""
     if count <= term.limit:
