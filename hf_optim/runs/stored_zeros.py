@@ -195,7 +195,8 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _coded(module: nn.Module | None) -> bool:
-    return hasattr(module, "decoded") or getattr(module, "quantization_scheme", None) is not None
+    attributes = ("decoded", "quantization_scheme", "holds_codes")
+    return any(getattr(module, attribute, None) for attribute in attributes)
 
 
 def _values(model: nn.Module, name: str) -> torch.Tensor | None:
