@@ -24,6 +24,7 @@ from sections import Sections
 from hf_optim_kernels.common import benchmark
 from hf_optim_kernels.experts import op as pair_lists
 from hf_optim_kernels.packed_experts import launch, naive
+from hf_optim_kernels.packed_experts.base import SEMAPHORES
 from hf_optim_kernels.packed_experts.naive import StackedWeight
 from hf_optim_kernels.wna16 import naive as weight_only
 
@@ -108,7 +109,7 @@ def sets(shape, tokens):
     return [inputs(shape, tokens, seed) for seed in range(max(2, min(16, (400 << 20) // read)))]
 
 
-COUNTERS = torch.zeros(launch.SEMAPHORES, dtype=torch.int32, device="cuda") if torch.cuda.is_available() else None
+COUNTERS = torch.zeros(SEMAPHORES, dtype=torch.int32, device="cuda") if torch.cuda.is_available() else None
 
 
 def mixture(shape, form, given, both=None, single=None):

@@ -20,8 +20,8 @@ def kept_tensors(maxsize: int) -> Callable[[Callable[..., Any]], Any]:
     """Keep what a function makes of hashable arguments for later calls, as ``lru_cache`` does: tensors for any use.
 
     They are ordinary tensors, on the CPU unless the function names a device: also if the first call is under
-    ``torch.inference_mode`` or has another default device. What is made under a mode of dispatch, as in a trace, may
-    have no values, so it is not kept.
+    ``torch.inference_mode`` or has another default device. What is made in a trace may have no values, so it is not
+    kept, and what is kept is not mixed with that.
     """
 
     def decorated(make: Callable[..., Any]) -> Any:
@@ -32,7 +32,7 @@ def kept_tensors(maxsize: int) -> Callable[[Callable[..., Any]], Any]:
 
         @wraps(make)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            if torch.compiler.is_compiling() or is_traced():
                 return make(*args)
             return kept(*args)
 
@@ -40,6 +40,14 @@ def kept_tensors(maxsize: int) -> Callable[[Callable[..., Any]], Any]:
         return call
 
     return decorated
+
+
+TRACES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+
+
+def is_traced() -> bool:
+    """Return True inside of a mode of dispatch whose tensors stand for others."""
+    return any(torch._C._get_dispatch_mode(key) is not None for key in TRACES)
 
 
 @dataclass(frozen=True)
