@@ -21,6 +21,7 @@ from ..recipes.config import OptimConfig
 from ..recipes.technique import Technique
 from ..recipes.traits import SPARSE, SPARSE_NM, Trait
 from ..toolkit.distributed import fsdp
+from ..toolkit.modules.replace import find_submodule, names_in
 from ..toolkit.pruning import masks
 from ..toolkit.pruning.matrices import locate
 from ..trust.lookup import Where
@@ -139,10 +140,9 @@ def _record_at(where: Where) -> Record | None:
 def _recorded(record: Record, model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the entries of ``Record.pruned`` by the names that the parameters have in this model."""
     entries = record.pruned or _counted(record)
-    prefix = getattr(model, "base_model_prefix", "")
     found: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
-        for other in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        for other in names_in(model, name):
             if entry["zeros"] and (own := _parameter_name(model, other)) is not None:
                 former = found.get(own, {"zeros": 0})
                 found[own] = {**entry, "zeros": entry["zeros"] + former["zeros"]}
@@ -182,16 +182,9 @@ def _parameter_name(model: nn.Module, name: str) -> str | None:
             return locate(model, candidate)[0]
         except AttributeError:
             owner, _, own = candidate.rpartition(".")
-            if own == "weight" and _coded(_module(model, owner)):
+            if own == "weight" and _coded(find_submodule(model, owner)):
                 return candidate
     return None
-
-
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def _coded(module: nn.Module | None) -> bool:

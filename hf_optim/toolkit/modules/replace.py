@@ -16,6 +16,14 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
+def find_submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the module of a name, or None if the model has none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def names_in(model: nn.Module, name: str) -> tuple[str, str, str]:
     """Return the names that a module may have in a model, given that in it or with another head or without one."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."

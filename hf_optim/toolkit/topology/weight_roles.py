@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..modules.replace import find_submodule
 from .layer_coverage import Item, covered_items
 from .roles import Role, roles
 from .towers import is_pooler, is_projector
@@ -158,10 +159,7 @@ def _role(model: nn.Module, item: Item, found: Mapping[str, str]) -> str:
 
 def _owner(model: nn.Module, name: str) -> nn.Module | None:
     """Return the module that a parameter belongs to; None for the name of a matrix of an expert."""
-    try:
-        return model.get_submodule(name.rpartition(".")[0])
-    except AttributeError:
-        return None
+    return find_submodule(model, name.rpartition(".")[0])
 
 
 def _is_position(name: str) -> bool:
