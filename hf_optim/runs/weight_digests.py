@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
-
-PIECE = 1 << 22
+from .work_files import digest_file
 
 
 def weight_digests(directory: str | Path) -> dict[str, str]:
@@ -20,14 +18,10 @@ def weight_digests(directory: str | Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    found = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while piece := file.read(PIECE):
-                found.update(piece)
+        return digest_file(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return found.hexdigest()
 
 
 def changed_weights(directory: str | Path, stated: Mapping[str, str]) -> list[str]:
