@@ -129,6 +129,8 @@ def test_the_experts_it_wrote_run_on_their_codes(step, device, kernel, tmp_path)
     batches = random_batches(dense)
     streamed(tmp_path / "dense", ({**step, "group_size": 32},), batches, tmp_path / "out")
     stock, model = load().to(device), load(optim_config="auto").to(device)
+    for layer in stock.model.layers:
+        layer.mlp.gate.to(torch.bfloat16)  # stock transformers 5.17 leaves it in the file's dtype, in which it fails
     assert sum(isinstance(module, PackedExperts) for module in model.modules()) == 3
     rows = [row for row in hf_optim.report(model) if row.experts]
     assert len(rows) == 6
