@@ -272,11 +272,11 @@ def test_a_compiled_training_step_of_a_model_is_one_graph(monkeypatch):
         assert torch.allclose(own, right, rtol=1e-3, atol=1e-4 * float(right.abs().max())), name
 
 
-def test_gradients_are_pytorchs_until_kernels_are_timed_and_always_for_float32_matrices_on_a_gpu(monkeypatch):
+def test_gradients_are_pytorchs_for_float32_matrices_on_a_gpu_and_where_kernels_do_not_train(monkeypatch):
     module = module_of("mixtral")
     matrix = lambda dtype, on_gpu: SimpleNamespace(dtype=dtype, is_cuda=on_gpu)  # noqa: E731
-    assert not kernels._trains(module, matrix(torch.bfloat16, True))
-    monkeypatch.setattr(kernels, "TRAINS", True)
     assert kernels._trains(module, matrix(torch.bfloat16, True))
     assert not kernels._trains(module, matrix(torch.float32, True))
     assert kernels._trains(module, matrix(torch.float32, False))
+    monkeypatch.setattr(kernels, "TRAINS", False)
+    assert not kernels._trains(module, matrix(torch.bfloat16, True))

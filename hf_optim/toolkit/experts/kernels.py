@@ -14,9 +14,8 @@ from . import gates
 
 PACKAGE = "hf_optim_kernels.experts.op"
 _OP: list[Any] = []  # the module, imported once; torch.compile cannot trace an import
-# Whether the kernels compute layers whose gradients are needed; not timed on a device yet. Until then PyTorch's grouped
-# product computes them.
-TRAINS = False
+# Whether the kernels compute layers whose gradients are needed, as they do faster than PyTorch's grouped product.
+TRAINS = True
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -31,8 +30,8 @@ def load() -> Any:
 def operators(module: Any, hidden: Tensor, weights: Tensor, with_gradients: bool = False) -> Any:
     """Return the module of the operators if they compute this layer; None otherwise.
 
-    They run on CUDA devices. Where a gradient is needed, ``product`` alone has one (``with_gradients``), and only with
-    ``TRAINS``, for layers in 16 bits whose activation it knows, without a norm behind the experts. hidden ``[T, d]``,
+    They run on CUDA devices. Where a gradient is needed, ``product`` alone has one (``with_gradients``), if ``TRAINS``,
+    for layers in 16 bits whose activation it knows, without a norm behind the experts. hidden ``[T, d]``,
     weights ``[T, k]``.
     """
     if not (hidden.is_cuda or _INTERPRETED):

@@ -6,7 +6,7 @@ It computes what the eager forwards of transformers' expert classes compute, for
 without a gate, with biases, transposed, interleaved, with a norm behind each expert. Pairs are sorted by expert, so
 that each matrix is read once; pairs that no expert computes stand last and cost no product.
 
-On a CUDA device kernels compute it (``kernels``), those with gradients only if ``kernels.TRAINS`` is set. On a CPU, and
+On a CUDA device kernels compute it (``kernels``), those with gradients, too, if ``kernels.TRAINS``. On a CPU, and
 for gradients otherwise, PyTorch's grouped product does.
 """
 

@@ -20,7 +20,7 @@ from .tiles import Tiles, fitting_stages, shared_memory
 # Columns of a row that a program of the activation takes at a time.
 MOST_COLUMNS = 1024
 # Tiles of a sum of outer products: ``n`` and ``k`` are its rows and columns; 32-bit numbers take twice the room.
-OUTER, WIDE_OUTER = Tiles(128, 256, 8, 3), Tiles(64, 64, 4, 2)
+OUTER, WIDE_OUTER = Tiles(128, 128, 8, 4), Tiles(64, 64, 4, 2)
 # Rows that are multiplied at a time.
 ROWS, WIDE_ROWS = 64, 32
 

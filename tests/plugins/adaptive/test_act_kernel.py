@@ -68,8 +68,8 @@ def test_a_model_computes_the_same_by_the_operator(build, fields, training, door
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-10)
 
 
-def test_no_device_uses_the_operator_by_default(door):
-    assert _halting_kernel.HALTING_KERNEL_DEVICES == ()
+def test_a_cpu_does_not_use_the_operator_by_default(door):
+    assert _halting_kernel.HALTING_KERNEL_DEVICES == ("cuda",)
     model = act(tiny_llama())
     calls = door(model, vars(sys.modules[type(model).__module__])["HALTING_KERNEL_DEVICES"])
     with torch.no_grad():
