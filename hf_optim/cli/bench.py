@@ -8,10 +8,12 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptimError
+from ..runs.disk_errors import readable_disk_errors
 from ..trust.bounds import shown
 from .options import positive_int
 from .table import print_json, print_table
@@ -90,12 +92,22 @@ def run(args: argparse.Namespace) -> int:
     _refuse(args)
     deadline = environment.Deadline.after(args.time_limit)
     results = environment.start_results(_command())
+    earlier = _earlier(args.output) if args.append and args.output is not None else None
+
+    def whole() -> Results:
+        return results.merged_after(earlier) if earlier is not None else results
+
+    def keep() -> None:
+        # What was measured is there when the run is ended from outside.
+        if args.output is not None:
+            with readable_disk_errors(args.output, "the results"):
+                whole().save(args.output)
+
     if args.end_to_end is not None:
-        _run_model(args, results, deadline)
+        _run_model(args, results, deadline, keep)
     else:
-        _run_ops(args, results, deadline)
-    if args.append and args.output is not None:
-        results = _joined(results, args.output) or results
+        _run_ops(args, results, deadline, keep)
+    results = whole()
     if args.output is not None:
         _print_written(table.publish(results, args.output))
     if args.json:
@@ -127,10 +139,10 @@ def _refuse(args: argparse.Namespace) -> None:
             raise OptimError(f"{args.output} is a file, not a directory")
         require_writable(args.output)
         if args.append:
-            _joined(None, args.output)
+            _earlier(args.output)
 
 
-def _run_ops(args: argparse.Namespace, results: Results, deadline: Deadline) -> None:
+def _run_ops(args: argparse.Namespace, results: Results, deadline: Deadline, keep: Callable[[], None]) -> None:
     import torch
 
     from ..evaluation.bench import environment, op_runner
@@ -142,10 +154,10 @@ def _run_ops(args: argparse.Namespace, results: Results, deadline: Deadline) -> 
     dtype = getattr(torch, args.dtype)
     if args.tune:
         op_runner.tune_ops(results, ops, shapes, rows, dtype, deadline)
-    op_runner.run_ops(results, ops, shapes, rows, dtype, args.peers, deadline)
+    op_runner.run_ops(results, ops, shapes, rows, dtype, args.peers, deadline, keep)
 
 
-def _run_model(args: argparse.Namespace, results: Results, deadline: Deadline) -> None:
+def _run_model(args: argparse.Namespace, results: Results, deadline: Deadline, keep: Callable[[], None]) -> None:
     import torch
 
     from ..evaluation.bench import decode, models
@@ -154,7 +166,7 @@ def _run_model(args: argparse.Namespace, results: Results, deadline: Deadline) -
     modes = args.cache or (decode.MODES if torch.cuda.is_available() else decode.CPU_MODES)
     settings = ModelBenchSettings(modes, args.batch, args.new_tokens, args.prefill, args.profile)
     schemes = args.scheme or models.SCHEMES
-    run_models(results, args.end_to_end, schemes, settings, getattr(torch, args.dtype), deadline)
+    run_models(results, args.end_to_end, schemes, settings, getattr(torch, args.dtype), deadline, keep)
 
 
 def _list(as_json: bool) -> int:
@@ -172,14 +184,11 @@ def _list(as_json: bool) -> int:
     return 0
 
 
-def _joined(results: Results | None, directory: Path) -> Results | None:
-    """Add the rows of earlier results that these do not replace; without ``results`` only read the earlier ones."""
+def _earlier(directory: Path) -> Results | None:
+    """Return the results that a folder has; None without."""
     from ..evaluation.bench.results import FILE, Results
 
-    if not os.path.lexists(directory / FILE):
-        return results
-    earlier = Results.load(directory)
-    return results.merged_after(earlier) if results is not None else None
+    return Results.load(directory) if os.path.lexists(directory / FILE) else None
 
 
 def _print_written(paths: list[Path]) -> None:

@@ -36,6 +36,24 @@ def results(*rows, device="NVIDIA H100 80GB HBM3", ceilings=H100, **more):
     return Results(device, "580", {"torch": "2.11"}, ceilings, "2026-11-22", "hf-optim bench", list(rows), **more)
 
 
+def test_what_was_measured_is_kept_when_a_run_is_interrupted(tmp_path, monkeypatch):
+    counts = []
+
+    def measured(op, N, K, M, *rest):
+        counts.append(M)
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+        yield row(M=M, N=N, K=K)
+
+    monkeypatch.setattr(op_runner, "_time_contenders", measured)
+    asked = ["bench", "--op", "wna16", "--shape", "64x64", "--output", str(tmp_path), "--rows"]
+    assert main([*asked, "1", "16", "64"]) == 130
+    assert [kept.M for kept in Results.load(tmp_path).rows] == [1, 16]
+    counts[:] = [0] * 3
+    main([*asked, "64", "--append"])
+    assert [kept.M for kept in Results.load(tmp_path).rows] == [1, 16, 64]
+
+
 def test_a_goal_on_its_own_card_is_in_microseconds():
     assert find_goal(row(graph_us=15.9), results()).met is True
     assert find_goal(row(graph_us=16.1), results()).met is False

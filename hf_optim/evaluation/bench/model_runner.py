@@ -51,8 +51,12 @@ def run_models(
     settings: ModelBenchSettings | None = None,
     dtype: torch.dtype = torch.bfloat16,
     deadline: Deadline | None = None,
+    keep: Callable[[], object] = lambda: None,
 ) -> None:
-    """Append the rows of each scheme to ``results``; a failed measurement gives a row with the reason."""
+    """Append the rows of each scheme to ``results``; a failed measurement gives a row with the reason.
+
+    ``keep`` is called after each scheme.
+    """
     deadline = deadline or Deadline.after(None)
     for scheme in schemes:
         if deadline.has_passed():
@@ -60,6 +64,7 @@ def run_models(
             continue
         with _clean_device():
             _run_scheme(results, model, scheme, settings or ModelBenchSettings(), dtype, deadline)
+        keep()
 
 
 def _run_scheme(

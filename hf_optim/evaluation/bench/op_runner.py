@@ -32,8 +32,9 @@ def run_ops(
     dtype: torch.dtype = torch.bfloat16,
     with_peers: bool = False,
     deadline: Deadline | None = None,
+    keep: Callable[[], object] = lambda: None,
 ) -> None:
-    """Append a row per operator, shape, number of rows and contender to ``results``.
+    """Append a row per operator, shape, number of rows and contender to ``results``, and call ``keep`` after each.
 
     Measurements that the deadline leaves no time for are named in ``results.left_out``.
     """
@@ -47,6 +48,7 @@ def run_ops(
                 for row in _time_contenders(op, N, K, M, dtype, with_peers, results.ceilings):
                     results.rows.append(row)
                     log.info("%s", _log_line(row))
+                    keep()
 
 
 def tune_ops(
