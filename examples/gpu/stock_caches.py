@@ -1,10 +1,10 @@
 """Time stock ``generate`` with transformers' quantized caches on a GPU, beside ours at the same length.
 
-    OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/stock_caches.py
+    OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/stock_caches.py [WORD ...]
 
 Caches of libraries that are neither installed nor in a folder of ``PYTHONPATH`` have the reason in place of figures.
 quanto compiles an extension at its first use; where there is no nvcc, operations of torch unpack its codes, and the row says so.
-``caches.json`` in ``$OUT`` (or here) is written after every cache.
+``caches.json`` in ``$OUT`` (or here) is written after every cache. Words choose caches whose names have one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def without_extension() -> None:
     ext._lib = SimpleNamespace(unpack=unpack)
 
 
-def caches(rows: int = 1, length: int = 8000, layers: int = 8) -> dict[str, Any]:
+def caches(words: list[str], rows: int = 1, length: int = 8000, layers: int = 8) -> dict[str, Any]:
     """Return milliseconds a token of stock ``generate`` with transformers' caches, and of ours, at the same length."""
     import torch
     import transformers
@@ -81,6 +82,8 @@ def caches(rows: int = 1, length: int = 8000, layers: int = 8) -> dict[str, Any]
     }
     found: dict[str, Any] = {"rows": rows, "length": length, "layers": layers, "device": torch.cuda.get_device_name()}
     for name, run in ways.items():
+        if words and not any(word in name for word in words):
+            continue
         try:
             times = {}
             run(2)
@@ -102,4 +105,4 @@ def caches(rows: int = 1, length: int = 8000, layers: int = 8) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    caches()
+    caches(sys.argv[1:])
