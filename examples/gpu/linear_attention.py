@@ -247,9 +247,9 @@ def peer():
             us = benchmark.eager_time([run], 5).us
         except Exception as problem:
             us = f"{type(problem).__name__}: {str(problem)[:100]}"
-        found[f"{'step' if backward else 'forward'} m={m} n={n}"] = us
-    for name, us in found.items():
-        print(f"   fla {name}: {us if isinstance(us, str) else round(us)} us")
+        name = f"{'step' if backward else 'forward'} m={m} n={n}"
+        found[name] = us
+        print(f"   fla {name}: {us if isinstance(us, str) else round(us)} us", flush=True)
     return found
 
 
