@@ -69,8 +69,9 @@ class Compression(nn.Module):
             return windows.mean(2) if self.function == "mean" else windows.amax(2)
         if not windows.shape[1]:
             return windows[:, :, 0]
-        made = self.conv(windows.flatten(1, 2).transpose(1, 2).to(self.conv.weight.dtype))
-        return made.transpose(1, 2).contiguous().to(windows)
+        # Windows that do not overlap are rows of a matrix.
+        matrix = self.conv.weight.transpose(1, 2).flatten(1)
+        return functional.linear(windows.flatten(2).to(matrix.dtype), matrix, self.conv.bias).to(windows)
 
     def autoencoding(self, windows: Tensor, made: Tensor, real: Tensor | None) -> Tensor:
         """Return the mean square of what is lost of ``[B, W, ratio, d]`` in ``[B, W, d]``.
