@@ -6,7 +6,7 @@ An encoder of BERT-base width with 4 layers, random weights, bfloat16, batch 1: 
 with FlexAttention under three masks (``flex_encoders.py``), and as stock Longformer (window 512) and BigBird (blocks of
 64). Each is first compared with the same model under the mask of its pattern, computed densely. Milliseconds of a
 forward, eager and as a replayed CUDA graph, and peak memory. With words, only the sections that have one of them in
-their names run: ``check``, ``times``, ``called``. What is measured is written at once. ``TINY=1`` runs it in small,
+their names run: ``check``, ``times``, ``called``; of those, models that a word ``name=MODEL`` is in, if there is one. What is measured is written at once. ``TINY=1`` runs it in small,
 without FlexAttention.
 """
 
@@ -49,6 +49,7 @@ SHAPE = {
     "max_position_embeddings": LENGTHS[-1] + 8,
 }  # fmt: skip
 DENSE, FLEX = "dense (SDPA)", ", FlexAttention"
+CHOSEN = [word.removeprefix("name=") for word in sys.argv[1:] if word.startswith("name=")]
 # transformers looks at the values of a mask to leave it out, which nothing that is captured can do: then SDPA gets one,
 # and is not the fast one. The dense model is timed with a function that never has a mask.
 AttentionInterface.register("sdpa_without_mask", AttentionInterface()["sdpa"])
@@ -66,6 +67,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "axial": {"columns": 256},
     "compressed": {"stride": 16, "local": 256},
 }
+
+
+def chosen(*names: str) -> list[str]:
+    """Return the models to measure."""
+    return [name for name in names if not CHOSEN or any(word in name for word in CHOSEN)]
 
 
 def build(name: str) -> Any:
@@ -96,7 +102,7 @@ def check() -> dict[str, float]:
     """Relative distance of the last hidden states from those of the same model with dense products under a mask."""
     found = {}
     ids = ids_of(CHECKED)
-    for name in RECIPES:
+    for name in chosen(*RECIPES):
         model = build(name)
         hidden = model(ids)[0].float()
         code: Any = sys.modules[type(model).__module__]  # of the model, as a checkpoint brings it
@@ -166,7 +172,7 @@ def times(keep: Callable[[str, Any], None]) -> dict[str, dict[int, dict[str, Any
     """Milliseconds and peak MiB of a forward by model and length."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     flex = [each + FLEX for each in flex_encoders.MASKS] if DEVICE == "cuda" else []
-    for name in (DENSE, *RECIPES, "stock Longformer", "stock BigBird", *flex):
+    for name in chosen(DENSE, *RECIPES, "stock Longformer", "stock BigBird", *flex):
         model, rows = build(name), {}
         for length in flex_encoders.LENGTHS if name in flex else LENGTHS:
             linear = name in RECIPES or name.removesuffix(FLEX) in flex_encoders.LINEAR
@@ -207,7 +213,7 @@ def times(keep: Callable[[str, Any], None]) -> dict[str, dict[int, dict[str, Any
 def called(keep: Callable[[str, Any], None]) -> dict[str, dict[int, dict[str, Any]]]:
     """Milliseconds of calls of a model, and of ``hf_optim.captured`` of it, with the distance of their results."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for name in (DENSE, *RECIPES):
+    for name in chosen(DENSE, *RECIPES):
         model, found[name] = build(name), {}
         forward = hf_optim.captured(model)
         for length in CALLED:

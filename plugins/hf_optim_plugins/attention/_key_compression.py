@@ -21,8 +21,8 @@ from torch import Tensor, nn
 class MeanConv1d(nn.Conv1d):
     """A convolution over windows that do not overlap, each head by itself, that begins as their mean.
 
-    The weight is ``[heads * width, width, stride]``. Windows that do not overlap are rows of a matrix, so it is computed
-    as a product for each head: convolutions in groups are slow on a GPU.
+    The weight is ``[heads * width, width, stride]``. Windows that do not overlap are rows of a matrix, so there is a
+    product for each head: convolutions in groups are slow on a GPU.
     """
 
     def __init__(self, heads: int, width: int, stride: int, **about: Any) -> None:
