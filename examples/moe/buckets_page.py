@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from hf_optim.evaluation.cards.plots import COLOURS
 
@@ -249,10 +250,11 @@ def _captured_again(results: Mapping[str, Any], folder: Path) -> str:
             axes.plot(places, [line[n][0] for n in places], mark, color=COLOURS[1], markersize=6, label=name)
         axes.axhline(row["times"]["static"], color="0.35", linestyle="--", label="static, room for the peak")
         axes.set_yscale("log")
-        axes.set_ylabel("ms")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_ylabel("a forward, ms")
         axes.set_title(f"{row['shape']}, drifting load", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, ncols=4)
         captures = sorted(one[0] for one in line if one[1])
         rest = sorted(one[0] for one in line if not one[1])
         sentences.append(
@@ -261,6 +263,9 @@ def _captured_again(results: Mapping[str, Any], folder: Path) -> str:
             f"{rest[len(rest) // 2]:.2f} ms"
         )
     axes.set_xlabel("forward")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", frameon=False, fontsize=8, ncols=4
+    )
     FigureCanvasAgg(figure).print_png(str(folder / "timeline.png"))
     return f"""
 Graphs are captured again where the load leaves its buckets. {". ".join(sentences)}; each forward is timed from the
