@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from ..toolkit.attention import FixedGroupsLayer, FixedLayer, Slots
+from ..toolkit.attention import FixedGroupsLayer, FixedLayer, RingLayer, RingTokens, Slots, serves_rings
 from .quantized_cache import QuantizedLayer, StaticQuantizedLayer
 
 # Tokens are read back after the first step, then after this many. Meanwhile as many steps again are launched, so that
@@ -64,7 +64,11 @@ class StaticKeyValues:
         self.length = length
         self._layers: list[Any] = []
         self._slots: dict[Any, Slots] = {}  # of each pattern
+        self._ring_tokens: RingTokens | None = None
         for given in source.layers:
+            if _has_groups(given) and serves_rings(given, length, 2 * WINDOW):
+                self._layers.append(self._in_rings(given))
+                continue
             if parts := parts_of(given):
                 fixed = [self._in_slots(part) for part in parts]
                 self._layers.append(fixed[0] if parts == [given] else FixedGroupsLayer(fixed, given.groups))
@@ -86,10 +90,16 @@ class StaticKeyValues:
             self._slots[heads] = Slots(heads, self.rows, self.length, 2 * WINDOW, given.keys.device)
         return FixedLayer(self._slots[heads], given, self.rows, first)
 
+    def _in_rings(self, given: Any) -> RingLayer:
+        first = self._ring_tokens is None
+        if self._ring_tokens is None:
+            self._ring_tokens = RingTokens(self.rows, given.parts[0].keys.device)
+        return RingLayer(given, self._ring_tokens, self.length, 2 * WINDOW, first)
+
     @property
     def knows_padding(self) -> bool:
         """True if layers know which tokens are padding, so that a step has no mask."""
-        return bool(self._slots)
+        return bool(self._slots) or self._ring_tokens is not None
 
     def fill(self, source: Any, mask: Tensor | None = None) -> int:
         """Copy the keys and values of a prefill, and set the number of tokens; return it.
@@ -103,12 +113,18 @@ class StaticKeyValues:
         """
         tokens = int(source.get_seq_length())
         for layer, given in zip(self._layers, source.layers, strict=True):
+            if isinstance(layer, RingLayer):
+                held = [part.visible_keys() for part in given.parts]
+                layer.load(held)
+                if layer.first:
+                    layer.tokens.load(self._all_rows(_counted(held[0][2], len(held[0][0]), tokens, mask)))
+                continue
             if parts := _fixed(layer):
                 for part, held in zip(parts, parts_of(given), strict=True):
                     keys, values, positions = held.visible_keys()
                     part.load(keys, values)
                     if part.first:
-                        count = positions.new_full((len(keys),), tokens) if mask is None else mask.sum(1)
+                        count = _counted(positions, len(keys), tokens, mask)
                         part.slots.load(*(self._all_rows(each) for each in (positions.expand(len(keys), -1), count)))
                 continue
             if not given.is_initialized:
@@ -132,13 +148,14 @@ class StaticKeyValues:
         for layer in self._layers:
             if isinstance(layer, StaticQuantizedLayer):
                 layer.set_tokens(tokens)
-            elif not _fixed(layer):
+            elif not _fixed(layer) and not isinstance(layer, RingLayer):
                 layer.cumulative_length.fill_(tokens)
 
     def mark(self) -> Callable[[], None]:
         """Return a function that takes back the steps from now on, a few at most."""
         tokens = int(self.cache.get_seq_length())
-        changed = [part for slots in self._slots.values() for part in slots.state()]
+        shared: list[Any] = [*self._slots.values(), *([] if self._ring_tokens is None else [self._ring_tokens])]
+        changed = [part for each in shared for part in each.state()]
         before = [part.clone() for part in changed]
 
         def put_back() -> None:
@@ -156,6 +173,9 @@ class StaticKeyValues:
         for index, (layer, theirs) in enumerate(zip(self._layers, target.layers, strict=True)):
             if isinstance(layer, StaticQuantizedLayer):
                 layer.unload(theirs, tokens)
+            elif isinstance(layer, RingLayer):
+                for held, (keys, values) in zip(theirs.parts, layer.first_tokens(tokens - first), strict=True):
+                    held.extend(keys[: len(held.keys)], values[: len(held.keys)])
             elif parts := _fixed(layer):
                 for part, held in zip(parts, parts_of(theirs), strict=True):
                     rows = len(held.keys)
@@ -165,6 +185,11 @@ class StaticKeyValues:
                 rows = theirs.keys.shape[0]
                 keys, values = (t[:rows, :, first:tokens].clone() for t in (layer.keys, layer.values))
                 target.update(keys, values, index)
+
+
+def _counted(like: Tensor, rows: int, tokens: int, mask: Tensor | None) -> Tensor:
+    """Return the tokens of each row without its padding, int64 ``[rows]``."""
+    return like.new_full((rows,), tokens) if mask is None else mask.sum(1)
 
 
 def _fixed(layer: Any) -> list[FixedLayer]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ IDS = torch.randint(3, 50, (3, 13), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[1, :5], MASK[2, :11] = 0, 0
 CASES = {**{name: (name,) for name in TERMS if name != "ends"}, "by head": tuple(HEADS), "dropping": tuple(DROPPING)}
+RINGS = "hf_optim.toolkit.attention.ring_cache"
 TECHNIQUES = {
     "local": {"window": 6, "full_layers": [1]},  # of GPT-2: a Llama becomes a Mistral
     "blockwise": {"block": 8, "shifts": [0, 1]},
@@ -181,19 +184,43 @@ def test_steps_run_on_the_decode_kernel(name, family):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("heads", [2, 4])
-@pytest.mark.parametrize("fixed", [False, True])
-def test_steps_under_adaptive_spans_are_captured(fixed, heads):
-    """Each group of heads has slots of its own, and the ramp of a span counts there, too."""
+def spanned(heads, fixed, shares=((0.0, 1.0, 0.2, 0.16), (0.05, 0.1, 0.01, 0.02))):
     torch.manual_seed(1)
-    model = tiny_llama(num_key_value_heads=heads, max_position_embeddings=512).double()
+    model = tiny_llama(num_key_value_heads=heads, max_position_embeddings=512)
     model = hf_optim.optimize(model, [{"technique": "adaptive_span", "ramp": 4, "max_span": 128}]).eval()
-    shares = [[0.0, 1.0, 0.2, 0.16], [0.05, 0.1, 0.01, 0.02]]
+    set_spans(model, shares)
+    if fixed:
+        model.fix_spans()
+    return model
+
+
+def set_spans(model, shares):
     with torch.no_grad():
         for layer, own in zip(model.model.layers, shares, strict=True):
             layer.self_attn.span.z.copy_(torch.tensor(own))
-    if fixed:
-        model.fix_spans()
+
+
+@pytest.fixture
+def rings(monkeypatch):
+    """Let captured steps use rings, by the specification of their kernel, in any dtype."""
+    ring_cache = importlib.import_module(RINGS)
+    op = importlib.import_module(ring_cache.KERNEL)
+    known = {**vars(op), "can_run_triton": lambda like: True, "unsupported": lambda *given: None}
+    monkeypatch.setattr(ring_cache, "USED", True)
+    monkeypatch.setattr(ring_cache, "_kernel", lambda: SimpleNamespace(**known))
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("way", ["slots", "rings"])
+def test_steps_under_adaptive_spans_are_captured(way, fixed, heads, request):
+    """Each group of heads has slots of its own, and the ramp of a span counts there, too."""
+    if way == "rings":
+        request.getfixturevalue("rings")
+    model = spanned(heads, fixed).double()
+    cache = model(IDS, use_cache=True)[CACHE]
+    kinds = {type(layer).__name__ for layer in StaticKeyValues(cache, 3, 64)._layers}
+    assert kinds == {"RingLayer" if way == "rings" else "FixedGroupsLayer"}
     given = settings(30, output_logits=True)
     with simulated_graphs() as graphs:
         found = generated(model, given, mode="captured")
@@ -210,3 +237,43 @@ def test_steps_under_adaptive_spans_are_captured(fixed, heads):
     for mode in ("eager", "stock"):
         held = {CACHE: copy.deepcopy(found[CACHE])}
         assert torch.equal(hf_optim.generate(model, found.sequences, mode=mode, **held, **more).sequences, whole), mode
+
+
+@pytest.mark.parametrize("way", ["slots", "rings"])
+def test_a_session_is_not_used_for_spans_that_have_changed_since(way, request):
+    if way == "rings":
+        request.getfixturevalue("rings")
+    model = spanned(2, False).double()
+    with simulated_graphs() as graphs:
+        for share in (0.01, 0.03, 0.031):  # the last ones reach as many keys, at other weights
+            set_spans(model, [[share] * 4] * 2)
+            found = generated(model, settings(30), mode="captured")
+            assert torch.equal(found.sequences, model.generate(IDS, **settings(30)))
+        assert len(graphs.captured) == 3
+
+
+def test_rings_take_no_other_spans_and_no_mask(rings):
+    model = spanned(2, True)
+    cache = model(IDS, use_cache=True)[CACHE]
+    layer = StaticKeyValues(cache, 3, 64)._layers[0]
+    query, key = torch.randn(3, 4, 1, 16), torch.randn(3, 2, 1, 16)
+    for counts, mask, message in (((9,) * 4, None, "other spans"), (layer.counts, key, "no mask of its own")):
+        layer.update(key, key)
+        with pytest.raises(ValueError, match=message):
+            layer.attend_nearest(query, counts, None, 1.0, None, mask, 0.0)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("fixed", [False, True])
+def test_steps_under_adaptive_spans_run_on_the_kernel_of_rings(fixed, monkeypatch):
+    monkeypatch.setattr(f"{RINGS}.USED", True)
+    model, calls = spanned(2, fixed), []
+    launch = importlib.import_module("hf_optim_kernels.ring_attention.launch")
+    real = launch.ring_attention
+    monkeypatch.setattr(launch, "ring_attention", lambda *given: calls.append(1) or real(*given))
+    given = settings(12, output_logits=True)
+    found, stock = generated(model, given), model.generate(IDS, return_dict_in_generate=True, **given)
+    assert len(calls) == 2 * 11
+    assert torch.equal(found.sequences, stock.sequences)
+    for ours, theirs in zip(found.logits, stock.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

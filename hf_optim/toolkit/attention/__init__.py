@@ -97,6 +97,8 @@ from .reversible_layers import (
     without_cache,
 )
 from .reversible_proof import layout_of, prove_layout
+from .ring_cache import RingLayer, RingTokens
+from .ring_cache import serves as serves_rings
 from .row_state import Call, NewTokens, TensorState
 from .rows import SEGMENTS, Apart, Rows
 from .set_layers import ISAB, MAB, PMA, SAB, attend_to_set
@@ -171,6 +173,8 @@ __all__ = [
     "Proved",
     "ReadSettings",
     "ReversibleLayer",
+    "RingLayer",
+    "RingTokens",
     "Rows",
     "Segments",
     "ShiftedChunks",
@@ -237,6 +241,7 @@ __all__ = [
     "require_self_attention",
     "returns_tuple",
     "seen_mask",
+    "serves_rings",
     "set_layers",
     "share_of_attention",
     "slots_for",

@@ -40,6 +40,7 @@ class HeadGroupsLayer(DynamicLayer):
 
     made_for_a_technique = True
     holds_visible_keys = True
+    takes_rings = True  # the attention function of this source hands a step over to rings of keys
     is_sliding = False
     is_compileable = False
     is_croppable = True

@@ -69,13 +69,13 @@ def untouched(share: float, size: int) -> int:
 
 
 class SpanBias:
-    """What the masks of some heads add to scores. ``z``: ``[H]``, from 0 to 1; ``size`` and ``ramp`` in tokens."""
+    """What the masks of heads add to scores. ``z``: ``[H]``, clamped to [0, 1]; ``size`` and ``ramp`` in tokens."""
 
     def __init__(self, z: Tensor, size: int, ramp: int) -> None:
         self.z, self.size, self.over = z, size, ramp
 
     def __call__(self, distance: Tensor, heads: Tensor | None) -> Tensor:
-        z = self.z if heads is None else self.z[heads]
+        z = (self.z if heads is None else self.z[heads]).clamp(0, 1)
         return LogMask.apply(z, distance, self.size, self.over)  # type: ignore[no-any-return]
 
     def of(self, heads: Tensor) -> SpanBias:
@@ -84,7 +84,7 @@ class SpanBias:
 
     def ramp(self) -> Tensor:
         """Return ``z S + R``, ``1 / R`` and S of each head, float32 ``[H, 3]``: m(x) is ``(z S + R - x) / R``."""
-        z = self.z.float()[:, None]
+        z = self.z.float().clamp(0, 1)[:, None]
         each = ((self.over, 1 / self.over, self.size),), ((self.size, 0, 0),)
         rest, unit = (constant_on(part, z.device, z.dtype) for part in each)
         return torch.addcmul(rest, z, unit)  # one operation: a layer's other work takes less than three

@@ -122,8 +122,7 @@ class SpanAttachment(Attachment):
         if len(learned.z) != heads:
             raise ValueError(f"this attention has {heads} heads, and spans of {len(learned.z)}")
         shares = learned.shares(again)
-        z = learned.z.to(torch.promote_types(learned.z.dtype, query.dtype)).clamp(0, 1)
-        bias = SpanBias(z, size, ramp)
+        bias = SpanBias(learned.z.to(torch.promote_types(learned.z.dtype, query.dtype)), size, ramp)
         counts = tuple(support(share, size, ramp) for share in shares)
         return SpanSet(counts, tuple(untouched(share, size) for share in shares), causal, bias)
 
@@ -180,6 +179,8 @@ def _cached(
     rows: Any, mask: Tensor | None, dropout: float,
 ) -> Tensor:  # fmt: skip
     """Compute the attention of new tokens and of those that a cache holds, and let the cache drop keys."""
+    if hasattr(held, "attend_nearest"):  # keys in rings, on a kernel
+        return held.attend_nearest(query, spans.counts, spans.bias, scale, rows, mask, dropout)  # type: ignore[no-any-return]
     if not hasattr(held, "take"):
         raise ValueError("the cache was made for another attention pattern: start a new one")
     shared, first = query.shape[1] // key.shape[1], held.fresh
