@@ -8,6 +8,7 @@ import pytest
 import torch
 from block_layouts import layout_of, to
 from interpreting import BOUND, CUDA, EVERYWHERE, on_triton, relative
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_optim_kernels.sparse_attention import op
 
@@ -187,3 +188,33 @@ def test_many_blocks_in_pieces(device):
     seen = torch.stack([band(n, 1200), band(n, 70)])
     case = Case(seen, [0, 1, 0, 1], 2, n, [(1100.0, 1 / 256, 1500.0), (60.0, 1 / 32, 1500.0)] * 2, D=64)
     compare(*both(case, torch.bfloat16, device), 3 * BOUND[torch.bfloat16], 4 * BOUND[torch.bfloat16])
+
+
+@on_triton
+@pytest.mark.parametrize("name", ["by-head", "documents"])
+def test_a_call_past_torch_library_gives_the_same_bits(name, device, monkeypatch):
+    case, watched = CASES[name], []
+    operator, _ = both(case, torch.float32, device)
+    monkeypatch.setattr(op, "DIRECT", True)
+    real = op._operator
+    monkeypatch.setattr(op, "_operator", lambda *given: watched.append(1) or real(*given))
+    direct, _ = both(case, torch.float32, device)
+    assert not watched
+    for one, other in zip(direct, operator, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    query, key, value, reach = inputs_of(case, torch.float32, device)
+    layout = to(layout_of(case.seen, 32, case.heads), device)
+    given = query, key.detach(), value, layout, SCALE, None, None, ramp_of(case, reach)
+    out, lse = op.sparse_attention(*given)  # one of two outputs, and an input without a gradient
+    found = torch.autograd.grad(out.sum(), (query, value, reach))
+    again = torch.autograd.grad(op.sparse_attention(*given)[1].sum(), (query, reach))
+    monkeypatch.setattr(op, "DIRECT", False)
+    expected = torch.autograd.grad(op.sparse_attention(*given)[0].sum(), (query, value, reach))
+    logs = torch.autograd.grad(op.sparse_attention(*given)[1].sum(), (query, reach))
+    for one, other in zip((*found, *again), (*expected, *logs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    monkeypatch.setattr(op, "DIRECT", True)
+    with FlopCounterMode(display=False):  # what watches operators sees the operator
+        op.sparse_attention(*given)
+    assert len(watched) == 3
+    assert lse.shape == query.shape[:3]

@@ -83,12 +83,6 @@ def setting_of(query: Tensor, block_d: int, block_dv: int) -> Setting:
     return Setting(**found)
 
 
-def candidates() -> list[dict[str, int]]:
-    """Return settings worth timing, the default first."""
-    others = [Setting(block, warps, stages) for block in (32, 64, 128) for warps in (2, 4, 8) for stages in (2, 3, 4)]
-    return [each._asdict() for each in (FIRST, *(each for each in others if each != FIRST))]
-
-
 def ring_attention(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, counts: Tensor,
     shares: Tensor | None, items: Tensor, merges: Tensor, size: int, ramp: int, scale: float,

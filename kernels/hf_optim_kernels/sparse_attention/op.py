@@ -3,6 +3,9 @@
 On a CUDA device they run the Triton kernels, on a CPU the specification (or, under ``TRITON_INTERPRET=1``, the
 interpreted kernels). They have fake implementations and a gradient, also of lse. Once a layout has its work items
 (``prepare``, or a first call), nothing waits for the host, so that a call can be captured and compiled.
+
+An eager call that records a gradient may go past ``torch.library``, whose work in Python for the many tensors of a
+layout takes longer than the kernels do on rows of some thousand tokens (``DIRECT``).
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from .naive import Layout
 LARGEST_HEAD = 128
 # Of the fields of ``items.Plan``, those that are tensors; they come first.
 TENSORS = 10
+# Whether eager calls with a gradient go past torch.library: not timed on a device yet.
+DIRECT = False
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -59,13 +64,17 @@ def sparse_attention(
     if problem:
         raise ValueError(f"sparse_attention does not take {problem}")
     made = prepare(layout, query, key) if triton else None
-    plan, numbers = ([], []) if made is None else (list(made[:TENSORS]), list(made[TENSORS:]))
-    numbers = [layout.block, *numbers]
     recorded = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (query, key, value, ramp)
     )
-    call = _operator if recorded or torch.compiler.is_compiling() else _forward
-    return call(
+    if not torch.compiler.is_compiling():
+        if not recorded:
+            return _computed(query, key, value, segments_q, segments_k, layout, made, scale, ramp)
+        if DIRECT and triton and _is_plain(query, key, value):
+            return _Direct.apply(query, key, value, segments_q, segments_k, layout, made, scale, ramp)  # type: ignore
+    plan, numbers = ([], []) if made is None else (list(made[:TENSORS]), list(made[TENSORS:]))
+    numbers = [layout.block, *numbers]
+    return _operator(
         query, key, value, segments_q, segments_k, layout.heads, layout.starts, layout.columns, layout.masks,
         layout.bits, layout.key_starts, layout.rows, layout.key_masks, layout.order_q, layout.order_k, plan, numbers,
         scale, ramp,
@@ -103,24 +112,71 @@ def prepare(layout: Any, query: Tensor, key: Tensor) -> Any:
     return plan(layout, B, H, G, N, M)
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor,
-    starts: Tensor, columns: Tensor, masks: Tensor, bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor,
-    order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], numbers: Sequence[int], scale: float,
-    ramp: Tensor | None,
+def _computed(
+    query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, layout: Any,
+    made: Any, scale: float, ramp: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    layout = Layout(numbers[0], heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
-    if not can_run_triton(query):
+    """Return ``naive.sparse_attention``; ``made`` is what ``prepare`` returned, None where Triton cannot run."""
+    if made is None:
         out, lse = naive.sparse_attention(query, key, value, layout, scale, segments_q, segments_k, ramp)
         return _as_made(out), lse
     from . import launch
-    from .items import assemble
 
     segments_q, segments_k = _numbers(segments_q), _numbers(segments_k)
     return launch.forward(
-        _flat(query), _flat(key), _flat(value), segments_q, segments_k, layout, assemble(plan, numbers[1:]), scale,
-        _ramp(ramp),
+        _flat(query), _flat(key), _flat(value), segments_q, segments_k, layout, made, scale, _ramp(ramp)
     )  # fmt: skip
+
+
+def _gradients_of(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    segments_q: Tensor | None, segments_k: Tensor | None, layout: Any, made: Any, scale: float, ramp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return ``naive.gradients``; arguments as of ``_computed``."""
+    if made is None:
+        return naive.gradients(
+            grad_out, grad_lse, query, key, value, out, lse, layout, scale, segments_q, segments_k, ramp
+        )  # fmt: skip
+    from . import launch
+
+    segments_q, segments_k = _numbers(segments_q), _numbers(segments_k)
+    return launch.backward(
+        _flat(grad_out), grad_lse, _flat(query), _flat(key), _flat(value), out, lse, segments_q, segments_k, layout,
+        made, scale, _ramp(ramp),
+    )  # fmt: skip
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Return True if tensors are no subclasses, and nothing (a trace, a transform) watches what is done with them."""
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return not watched and all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
+
+
+class _Direct(torch.autograd.Function):
+    """``sparse_attention`` with its gradient, without ``torch.library``; arguments as of ``_computed``."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        query, key, value, segments_q, segments_k, ctx.layout, ctx.made, ctx.scale, ramp = given
+        out, lse = _computed(*given)
+        ctx.save_for_backward(out, lse, query, key, value, segments_q, segments_k, ramp)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        out, lse, *tensors, ramp = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        found = _gradients_of(grad_out, grad_lse, out, lse, *tensors, ctx.layout, ctx.made, ctx.scale, ramp)
+        return *found[:3], None, None, None, None, None, found[3]
+
+
+def _read(fields: Sequence[Any], plan: Sequence[Tensor], numbers: Sequence[int]) -> tuple[Layout, Any]:
+    """Return layout and work items from arguments of the operators."""
+    from .items import assemble
+
+    return Layout(numbers[0], *fields), assemble(plan, numbers[1:]) if plan else None
 
 
 @torch.library.custom_op("hf_optim::sparse_attention", mutates_args=())
@@ -131,10 +187,8 @@ def _operator(
     ramp: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``naive.sparse_attention``: ``numbers`` is the block and, with ``plan``, the fields of ``items.Plan``."""
-    return _forward(
-        query, key, value, segments_q, segments_k, heads, starts, columns, masks, bits, key_starts, rows, key_masks,
-        order_q, order_k, plan, numbers, scale, ramp,
-    )  # fmt: skip
+    fields = heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k
+    return _computed(query, key, value, segments_q, segments_k, *_read(fields, plan, numbers), scale, ramp)
 
 
 @_operator.register_fake
@@ -152,19 +206,10 @@ def _gradients(
     plan: Sequence[Tensor], numbers: Sequence[int], scale: float, ramp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return ``naive.gradients``; for no ramp an empty tensor. Arguments as of ``hf_optim::sparse_attention``."""
-    layout = Layout(numbers[0], heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
-    if not can_run_triton(query):
-        found = naive.gradients(
-            grad_out, grad_lse, query, key, value, out, lse, layout, scale, segments_q, segments_k, ramp
-        )  # fmt: skip
-        return *found[:3], query.new_empty(0) if found[3] is None else found[3]
-    from . import launch
-    from .items import assemble
-
-    segments_q, segments_k = _numbers(segments_q), _numbers(segments_k)
-    found = launch.backward(
-        _flat(grad_out), grad_lse, _flat(query), _flat(key), _flat(value), out, lse, segments_q, segments_k, layout,
-        assemble(plan, numbers[1:]), scale, _ramp(ramp),
+    fields = heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k
+    found = _gradients_of(
+        grad_out, grad_lse, out, lse, query, key, value, segments_q, segments_k, *_read(fields, plan, numbers), scale,
+        ramp,
     )  # fmt: skip
     return *found[:3], query.new_empty(0) if found[3] is None else found[3]
 
