@@ -155,18 +155,23 @@ class RingLayer(DynamicLayer):
     def load(self, held: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Fill the rings with keys and values ``[n, G, K, D]`` of each group, and their positions ``[1 or n, K]``.
 
-        Positions are -1 for none. Later rows get those of the first one.
+        Positions are -1 for none. Later rows get those of the first one. Slots without a key are not read, whatever
+        they hold.
         """
         self._new = None
         for mine, (keys, values, positions) in zip(self.parts(), held, strict=True):
-            size = mine[0].shape[2]
-            # Keys that are none go behind the slots.
-            place = torch.where(positions < 0, size, positions % size)[:, None, :, None]
+            size, rows = mine[0].shape[2], len(keys)
+            places = positions % size
             for rings, given in zip(mine, (keys, values), strict=True):
-                room = rings.new_zeros(len(given), given.shape[1], size + 1, given.shape[3])
-                room.scatter_(2, place.expand(len(given), given.shape[1], -1, given.shape[3]), given)
-                rings[: len(given)].copy_(room[:, :, :size])
-                rings[len(given) :].copy_(room[:1, :, :size])
+                if len(positions) == 1:  # rows hold the same, and none of it is missing
+                    rings[:rows].index_copy_(2, places[0], given)
+                else:  # what is missing goes behind the slots
+                    room = rings.new_empty(rows, given.shape[1], size + 1, given.shape[3])
+                    index = torch.where(positions < 0, size, places)[:, None, :, None]
+                    room.scatter_(2, index.expand(given.shape), given)
+                    rings[:rows].copy_(room[:, :, :size])
+                if rows < self.rows:
+                    rings[rows:].copy_(rings[:1].expand_as(rings[rows:]))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the key and value ``[rows, G, 1, D]`` of a new token, which the attention function then hands over."""

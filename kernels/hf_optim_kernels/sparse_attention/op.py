@@ -166,9 +166,12 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        out, lse, *tensors, ramp = ctx.saved_tensors
+        out, lse, query, key, value, segments_q, segments_k, ramp = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = _gradients_of(grad_out, grad_lse, out, lse, *tensors, ctx.layout, ctx.made, ctx.scale, ramp)
+        found = _gradients_of(
+            grad_out, grad_lse, out, lse, query, key, value, segments_q, segments_k, ctx.layout, ctx.made, ctx.scale,
+            ramp,
+        )  # fmt: skip
         return *found[:3], None, None, None, None, None, found[3]
 
 
