@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from simulated_graphs import Capturing
 from transformers.cache_utils import DynamicLayer
 
-from hf_optim.toolkit.attention import HeadGroupsLayer, groups_of, nearest_keys
+from hf_optim.toolkit.attention import (
+    Band,
+    GlobalTokens,
+    HeadGroupsLayer,
+    HeadPatterns,
+    Kept,
+    Pattern,
+    Rows,
+    groups_of,
+    kept_attention,
+    nearest_keys,
+    take_tokens,
+)
 
 SPANS = [5, 90, 7, 200]
 GROUPS = ((0, 2), (1,), (3,))
@@ -104,3 +118,44 @@ def test_tokens_that_the_attention_did_not_take_are_an_error():
     other.update(*tokens(1))
     with pytest.raises(ValueError, match="start a new one"):
         list(other.take(((0,), (1, 2, 3))))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("spans", [(5, 9, 7, 40), (90, 90, 90, 90), (3, 3, 3, 3)], ids=str)
+def test_a_step_over_the_last_keys_is_that_over_chosen_ones_and_asks_the_host_nothing(spans, biased):
+    heads = nearest_keys(spans, True)
+    assert heads.nearest == spans
+    query, (key, value) = torch.randn(2, 4, 1, 3, dtype=torch.float64), (part[:, :2].double() for part in tokens(51))
+
+    def bias(distance, chosen):
+        reach = torch.tensor(spans).view(-1, *[1] * distance.dim())
+        return ((reach - distance) / 4).clamp(0, 1).log()
+
+    kept = Kept.first(heads, 50, key.device)
+    index, kept = kept.visible_later(None)
+    assert kept.run
+    held = [part if index is None else take_tokens(part[:, :, :50], index) for part in (key, value)]
+    pairs = zip(held, (key, value), strict=True)
+    held = [torch.cat([part[:, :, : kept.places.shape[1]], whole[:, :, 50:]], 2) for part, whole in pairs]
+    kept = kept.with_more(1)
+    given = query, *held
+    expected = kept_attention(*given, replace(kept, run=False), 0.7, bias=bias if biased else None)
+    with Capturing():
+        found = kept_attention(*given, kept, 0.7, bias=bias if biased else None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_what_is_seen_besides_the_nearest_keys_has_no_count():
+    causal = [Pattern((Band(4, 0),), True), Pattern((Band(9, 9),), True), Pattern((Band(2, 0),))]
+    assert HeadPatterns.of(causal, 3).nearest == (5, 10, 3)
+    globals_first = Pattern((Band(4, 0), GlobalTokens(1)), True)
+    others = Band(4, 4), Band(None, 0), Band(8, 0, 2)
+    for pattern in (globals_first, *(Pattern((each,), each.after == 0) for each in others)):
+        assert HeadPatterns.of([pattern], 1).nearest is None
+
+
+def test_rows_with_padding_are_no_run():
+    kept = Kept.first(nearest_keys([4], True), 9, torch.device("cpu"))
+    rows = Rows.of(torch.tensor([[-1, -1] + [0] * 7, [0] * 9]))
+    assert not kept.visible_later(rows)[1].run
+    assert kept.visible_later(None)[1].with_more(2).run

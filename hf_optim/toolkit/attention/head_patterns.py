@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from .device_constants import constant_on
 from .pattern import Pattern, kept_tensors
 from .rows import Rows
+from .terms import Band
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,23 @@ class HeadPatterns:
         """True if no head sees keys behind the query."""
         return all(pattern.causal for pattern in self.patterns)
 
+    @cached_property
+    def nearest(self) -> tuple[int, ...] | None:
+        """How many nearest keys each query head sees, the query's own among them; None if some see others."""
+        counts = [_nearest_of(pattern) for pattern in self.patterns]
+        return None if None in counts else tuple(counts[kind] for kind in self.heads)  # type: ignore[misc]
+
     def is_full(self, length: int) -> bool:
         """Return True if every head sees all that the model allows in a row of ``length`` tokens."""
         return _is_full(self, length)
+
+
+def _nearest_of(pattern: Pattern) -> int | None:
+    if len(pattern.terms) != 1 or pattern.repeats or type(pattern.terms[0]) is not Band:
+        return None
+    term: Any = pattern.terms[0]
+    behind = not pattern.causal and term.after != 0
+    return None if behind or term.step != 1 or term.before is None else term.before + 1
 
 
 @lru_cache(maxsize=256)

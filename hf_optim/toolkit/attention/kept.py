@@ -19,6 +19,7 @@ from .attend import masked_attention
 from .blocked import DistanceBias
 from .dense_attention import dense_product
 from .head_patterns import HeadPatterns, as_bias, seen_by_head
+from .pattern import kept_tensors
 from .rows import Rows
 
 NO_LIMIT = 2**31 - 1  # tokens of a row
@@ -51,6 +52,7 @@ class Kept:
         tokens: how many have been read.
         since: a crop to fewer tokens than these misses keys; 0 while all are held.
         ragged: some rows hold more tokens than others.
+        run: these are the last tokens of each row, one after the other.
     """
 
     heads: HeadPatterns
@@ -58,6 +60,7 @@ class Kept:
     tokens: int
     since: int = 0
     ragged: bool = False
+    run: bool = False
 
     def __post_init__(self) -> None:
         # What followed last, with what it followed from: layers of a model ask for the same one after the other.
@@ -75,7 +78,7 @@ class Kept:
         key = (heads, tokens, device)
         found = _firsts.get(key)
         if found is None:
-            found = _firsts[key] = cls(heads, torch.arange(tokens, device=device)[None], tokens)
+            found = _firsts[key] = cls(heads, torch.arange(tokens, device=device)[None], tokens, run=True)
         return found
 
     def with_more(self, count: int) -> Kept:
@@ -85,7 +88,7 @@ class Kept:
     def _with_more(self, count: int) -> Kept:
         new = torch.arange(self.tokens, self.tokens + count, device=self.places.device)
         places = torch.cat([self.places, new.expand(len(self.places), -1)], 1)
-        return Kept(self.heads, places, self.tokens + count, self.since, self.ragged)
+        return Kept(self.heads, places, self.tokens + count, self.since, self.ragged, self.run)
 
     def visible_later(self, rows: Rows | None) -> tuple[Tensor | None, Kept]:
         """Return the keys to hold on to, int64 ``[1 or B, K]`` (None for all), and the state with only these.
@@ -111,7 +114,8 @@ class Kept:
         places = self.places.expand(len(stays), -1).gather(1, index)
         real = stays.gather(1, index)
         places, ragged = torch.where(real, places, -1), not bool(real.all())
-        return index, Kept(self.heads, places, self.tokens, self.tokens, ragged)
+        run = self.run and rows is None and self.heads.nearest is not None
+        return index, Kept(self.heads, places, self.tokens, self.tokens, ragged, run)
 
     def cropped(self, count: int) -> Kept:
         """Return the state before the last ``count`` tokens. Raises ``ValueError`` if keys of that state are gone."""
@@ -122,7 +126,7 @@ class Kept:
                 "that may be taken back"
             )
         places = self.places[:, : self.places.shape[1] - count]
-        return Kept(self.heads, places, self.tokens - count, self.since, self.ragged)
+        return Kept(self.heads, places, self.tokens - count, self.since, self.ragged, self.run)
 
     def of_rows(self, index: Tensor) -> Kept:
         """Return the state of chosen rows of the batch, int64 ``[rows]``."""
@@ -237,6 +241,9 @@ def kept_attention(
     """
     if mask is not None and mask.shape[-1] != kept.tokens:
         raise ValueError(f"the attention mask has {mask.shape[-1]} columns for {kept.tokens} tokens")
+    counts = kept.heads.nearest
+    if counts is not None and kept.run and query.shape[2] == 1 and rows is None and mask is None:
+        return _attend_nearest(query, key, value, counts, scale, dropout, bias)
     begin = kept.tokens - query.shape[2]
     parts = []
     for start in range(begin, kept.tokens, QUERIES_AT_ONCE):
@@ -253,6 +260,37 @@ def kept_attention(
             grouped_product(query[:, :, start - begin : stop - begin], k, v, reading.seen, some, scale, dropout)
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _attend_nearest(
+    query: Tensor, key: Tensor, value: Tensor, counts: tuple[int, ...], scale: float, dropout: float,
+    bias: DistanceBias | None,
+) -> Tensor:  # fmt: skip
+    """Return ``kept_attention`` of one query over the end of a run of keys: the host knows which keys it sees."""
+    held = min(max(counts), key.shape[2])
+    key, value = key[:, :, -held:], value[:, :, -held:]
+    seen = _seen_of(counts, held, query.device) if min(counts) < held else None
+    mask = seen
+    if bias is not None:
+        added = bias(_behind(held, query.device), None)[None, :, None]
+        mask = (added if seen is None else torch.where(seen, added, -torch.inf)).to(query.dtype)
+    batch, heads, _, _ = query.shape
+    shared = heads // key.shape[1]
+    if shared > 1:
+        query, mask = query.reshape(batch, key.shape[1], shared, -1), _by_group(mask, shared, 1)
+    return dense_product(query, key, value, mask, dropout, scale=scale).reshape(batch, heads, 1, -1)
+
+
+@kept_tensors(64)
+def _behind(held: int, device: torch.device) -> Tensor:
+    """Return how far the last ``held`` keys lie behind the query, int64 ``[held]``."""
+    return torch.arange(held - 1, -1, -1, device=device)
+
+
+@kept_tensors(64)
+def _seen_of(counts: tuple[int, ...], held: int, device: torch.device) -> Tensor:
+    """Return which of the last ``held`` keys heads see that see their ``counts`` nearest, bool ``[1, H, 1, held]``."""
+    return (_behind(held, device) < torch.tensor(counts, device=device)[:, None])[None, :, None]
 
 
 def _distances(places: Tensor, start: int, stop: int, rows: Rows | None) -> Tensor:

@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicLayer
 from .caches import HeldKeys
 from .head_caches import Groups
 from .kept import take_tokens
-from .terms import Band
 
 KERNEL = "hf_optim_kernels.ring_attention.op"  # where it is installed
 # Whether captured steps use rings: not timed on a device yet.
@@ -40,17 +39,13 @@ def counts_in(held: Any) -> tuple[int, ...] | None:
     None if what its heads see are other keys than the nearest ones.
     """
     found: dict[int, int] = {}
-    shared = 0
     for part, group in zip(held.parts, held.groups, strict=True):
-        heads = part.kept.heads
-        shared = len(heads.heads) // len(group)
-        for place, kind in enumerate(heads.heads):
-            pattern = heads.patterns[kind]
-            # Classes that came with a checkpoint have terms of their own.
-            kinds = [type(term).__name__ for term in pattern.terms]
-            if not pattern.causal or pattern.repeats or kinds != [Band.__name__] or pattern.terms[0].before is None:
-                return None
-            found[group[place // shared] * shared + place % shared] = pattern.terms[0].before + 1
+        counts = part.kept.heads.nearest
+        if counts is None:
+            return None
+        shared = len(counts) // len(group)
+        for place, count in enumerate(counts):
+            found[group[place // shared] * shared + place % shared] = count
     return tuple(found[head] for head in range(len(found)))
 
 
