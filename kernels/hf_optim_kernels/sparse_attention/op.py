@@ -147,7 +147,7 @@ def _gradients_of(
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Return True if tensors are no subclasses, and nothing (a trace, a transform) watches what is done with them."""
+    """Return True for ordinary tensors outside of traces and transforms, which see operators alone."""
     watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
     return not watched and all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
 
