@@ -36,7 +36,7 @@ def compiled_call(model: nn.Module) -> Callable[..., Any]:
     with the model, and those of one model do not count against the limit of another.
     """
     if model not in _COMPILED:
-        from .choices import compile_options  # inductor, which only a compiled step needs
+        from .graph_passes import compile_options  # inductor, which only a compiled step needs
 
         own = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__)
         _COMPILED[model] = torch.compile(own, fullgraph=True, dynamic=False, options=compile_options() or None)

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .gated_layers import activation_of, on_one_row
+
 KERNEL = "hf_optim_kernels.dense_row.op"
-# Whether captured steps use it: not timed on a device yet.
-USED = False
+PRODUCTS, GATES, JOINED, SUMS, NORMS = PARTS = ("products", "gates", "joined", "sums", "norms")
+"""What a launch computes: the product of a layer; a gate, its values and their activation; layers that read the same
+row; the sum with the residual stream behind a layer; the norm before it. The last three in compiled steps alone."""
+# Which parts captured steps use; the others need the first. None is timed on a device yet.
+USED: frozenset[str] = frozenset()
 # The GPUs that it was written for.
 CAPABILITY = (9, 0)
 _KERNEL: list[Any] = []  # the module, imported once; torch.compile cannot trace an import
@@ -40,27 +45,42 @@ def one_row(model: nn.Module, rows: int) -> Iterator[None]:
 
     Layers of another class, in other dtypes than 16 bits, or small ones are left as they are.
     """
-    changed = [module for module in model.modules() if _takes(module)] if rows == 1 and _available(model) else []
+    changes = _changes(model) if rows == 1 and _available(model) else []
+    before = [type(module) for module, _ in changes]
     try:
-        for module in changed:
-            module.__class__ = OneRowLinear
+        for module, kind in changes:
+            module.__class__ = kind
         yield
     finally:
-        for module in changed:
-            module.__class__ = nn.Linear
+        for (module, _), kind in zip(changes, before, strict=True):
+            module.__class__ = kind
 
 
-def _available(model: Any) -> bool:
-    if not USED or not runs_on(model.device) or util.find_spec("triton") is None:
-        return False
-    if not _KERNEL:
+def kernel() -> Any:
+    """Return the module of the operators, imported at the first call; None without Triton or the kernels' package."""
+    if not _KERNEL and all(util.find_spec(name) is not None for name in ("triton", KERNEL.partition(".")[0])):
         _KERNEL.append(importlib.import_module(KERNEL))
-    return True
+    return _KERNEL[0] if _KERNEL else None
 
 
 def runs_on(device: torch.device) -> bool:
     """Return True for a GPU that the kernel was written for."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+def _available(model: Any) -> bool:
+    return PRODUCTS in USED and runs_on(model.device) and kernel() is not None
+
+
+def _changes(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """Return modules with the classes that they have in a step."""
+    found: list[tuple[nn.Module, type[nn.Module]]] = []
+    for module in model.modules():
+        if _takes(module):
+            found.append((module, OneRowLinear))
+        elif GATES in USED and (act := activation_of(module, _takes)) is not None:
+            found.append((module, on_one_row(type(module), act, _KERNEL[0])))
+    return found
 
 
 def _takes(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton")
 
 from hf_optim.generation import choices
-from hf_optim.generation.choices import ChooseInOneLaunch, compile_options
+from hf_optim.generation.choices import choose_in_one_launch
+from hf_optim.generation.graph_passes import compile_options
 
 
 def graph_of(function, *args):
@@ -36,7 +37,7 @@ def count(module, name):
 def test_topk_of_few_short_rows_is_replaced(function, shape, replaced):
     x = torch.randn(shape)
     module = graph_of(function, x)
-    ChooseInOneLaunch()(module.graph)
+    choose_in_one_launch(module.graph)
     module.recompile()
     assert count(module, "choose") == replaced
     assert count(module, "topk") == (not replaced)
@@ -57,7 +58,7 @@ def test_routers_of_native_classes_choose_so_and_the_same(kind):
         tensors = {**dict(router.named_parameters()), **dict(router.named_buffers())}
         call = lambda h, *given: torch.func.functional_call(router, dict(zip(tensors, given, strict=True)), h)  # noqa: E731
         module = graph_of(call, hidden, *tensors.values())
-        ChooseInOneLaunch()(module.graph)
+        choose_in_one_launch(module.graph)
         module.recompile()
         assert count(module, "choose") == 1
         for own, right in zip(module(hidden, *tensors.values()), expected, strict=True):

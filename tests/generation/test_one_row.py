@@ -18,7 +18,7 @@ class Doubled(nn.Linear):
 @pytest.fixture
 def there(monkeypatch):
     """Make the CPU a device of the kernel, which its specification stands in for, and every layer large enough."""
-    monkeypatch.setattr(rows, "USED", True)
+    monkeypatch.setattr(rows, "USED", frozenset(["products"]))
     monkeypatch.setattr(rows, "runs_on", lambda device: True)
     monkeypatch.setattr(op, "LEAST_NUMBERS", 1)
 
@@ -86,7 +86,7 @@ def test_steps_keep_the_library_until_it_is_timed(model, there, monkeypatch):
 
 
 def test_a_device_that_it_was_not_written_for_keeps_the_library(model, monkeypatch):
-    monkeypatch.setattr(rows, "USED", True)
+    monkeypatch.setattr(rows, "USED", frozenset(["products"]))
     monkeypatch.setattr(op, "LEAST_NUMBERS", 1)
     with rows.one_row(model, 1):
         assert type(model.up) is nn.Linear
@@ -109,6 +109,37 @@ def test_hooks_of_layers_run_in_it(model, there):
     with rows.one_row(model, 1):
         model(torch.randn(1, 1, 16).half())
     assert seen == [(1, 1, 32)]
+
+
+def test_a_gated_layer_is_one_launch_and_itself_again(there, monkeypatch):
+    monkeypatch.setattr(rows, "USED", frozenset(["products", "gates"]))
+    called = []
+    real = op.dense_rows
+    monkeypatch.setattr(op, "dense_rows", lambda *given: (called.append(len(given[1])), real(*given))[1])
+
+    class Gated(nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    torch.manual_seed(1)
+    model = Gated().half().requires_grad_(False)
+    x = torch.randn(1, 1, 16).half()
+    expected = model(x)
+    with rows.one_row(model, 1):
+        found, several = model(x), model(x.expand(2, 1, 16))
+        assert isinstance(model, Gated)
+    assert type(model) is Gated
+    assert type(model.up_proj) is nn.Linear
+    assert called == [2]
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(several[1:], expected, rtol=5e-3, atol=5e-3)
 
 
 def test_a_step_with_it_is_compiled_as_one_graph(model, there):

@@ -25,7 +25,7 @@ def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunabl
             dtype=dtype,
             inputs=lambda rows: torch.randn(K, device=weight.device, dtype=dtype),
             calls=lambda x, config: [partial(launch.dense_row, x, each, None, config) for each in weights],
-            candidates=lambda rows: launch.candidates(K) if rows == 1 else [],
+            candidates=lambda rows: launch.candidates(K, 1, N) if rows == 1 else [],
             reference=lambda x: naive.dense_row(x.double(), weight.double(), None),
         )
     ]
