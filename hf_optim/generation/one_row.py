@@ -79,7 +79,8 @@ def _changes(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
         if _takes(module):
             found.append((module, OneRowLinear))
         elif GATES in USED and (act := activation_of(module, _takes)) is not None:
-            found.append((module, on_one_row(type(module), act, _KERNEL[0])))
+            kind: Any = type(module)
+            found.append((module, on_one_row(kind, act, _KERNEL[0])))
     return found
 
 
