@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -82,7 +83,7 @@ def copies_for(name: str, count: int | None = None) -> Any:
 
 
 def trials(name: str) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Return configurations of a launch with what is in it: all of one kind, then the default of the others."""
+    """Return configurations of a launch with what is in it: all of one kind, then the default of others, and again."""
     from hf_optim_kernels.dense_row import launch
 
     sizes, K, more = LAUNCHES[name]
@@ -93,7 +94,7 @@ def trials(name: str) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     found = [(config, act) for config in (*launch.candidates(*about), *strided)]
     others = [(*act, *(each for each in more if each != "act"))] if set(more) - {"act"} else []
     others += [()] if act else []
-    return found + [(first, each) for each in others]
+    return [*found, *((first, each) for each in others), (first, act)]  # the default again: the noise
 
 
 def compile_launches(index: int, count: int) -> None:
@@ -224,16 +225,16 @@ class Ways:
             self.tokens[way] = hf_optim.generate(
                 self.model, self.ids, attention_mask=torch.ones_like(self.ids), do_sample=False,
                 max_new_tokens=self.new, streamer=clock,
-            )[0, self.prompt :]  # fmt: skip
+            )[0, self.prompt :].tolist()  # fmt: skip
         self.kept[way] = [table.get(self.model) for table in held]
         return clock
 
     def timed(self, way: str) -> dict[str, Any]:
-        """Return a row: milliseconds a token, and how many tokens are those of the first way before the first other."""
+        """Return milliseconds a token, the tokens, and why the step is not compiled if it is not."""
         ms = self.call(way).ms()
-        first = next(iter(self.tokens.values()))
-        same = int((first == self.tokens[way]).int().cumprod(0).sum())
-        return {"ms": ms, "first_call_s": self.first_call[way], "tokens_as_of_the_first_way": same}
+        made = [session for _, session in (self.kept[way][0] or {}).values()]
+        reasons = [each.uncompiled for each in made if getattr(each, "uncompiled", None)]
+        return {"ms": ms, "first_call_s": self.first_call[way], "tokens": self.tokens[way], "uncompiled": reasons}
 
     def profiled(self, way: str) -> dict[str, Any]:
         """Return microseconds and launches a token of each kernel."""
@@ -280,6 +281,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     began = time.monotonic()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "3")  # of each of several processes
     context = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {"launches": [], "steps": {}}
 
@@ -326,11 +328,17 @@ def main() -> None:
             print(*key, answer["error"], flush=True)
         return answer
 
+    first: dict[str, list[int]] = {}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in servers}
     for _ in range(args.repeats):
         for key in sorted(servers, key=lambda key: (list(MODELS).index(key[0]), args.ways.index(key[1]))):
             if "ms" in (answer := ask(key, "timed")):
                 times[key].append(answer.pop("ms"))
+                tokens = answer.pop("tokens")
+                pairs = zip(first.setdefault(key[0], tokens), tokens, strict=True)
+                same = list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                # Random weights have near ties, which roundings decide.
+                answer["tokens_as_of_the_first_way"] = len(same)
                 row = {"ms_per_token": round(statistics.median(times[key]), 4), **answer}
                 row |= {"each": [round(ms, 4) for ms in times[key]]}
                 found["steps"].setdefault(key[0], {})[key[1]] = row
@@ -360,7 +368,12 @@ def main() -> None:
                 continue
             timed = sorted((each for each in row["configs"] if isinstance(each[0], float)), key=lambda each: each[0])
             default, wrong = row["configs"][0], [each for each in row["configs"] if isinstance(each[0], str)]
-            print(row["launch"], f"library {row['library_us']}, default {default[0]}, best", timed[:3], flush=True)
+            print(
+                row["launch"],
+                f"library {row['library_us']}, default {default[0]}, again {row['configs'][-1][0]}, best",
+                timed[:3],
+                flush=True,
+            )
             print("   with more:", [each for each in row["configs"] if each[1] != default[1]], wrong[:1], flush=True)
     keep()
     print(f"done after {time.monotonic() - began:.0f} s")
