@@ -144,7 +144,8 @@ def page(results: Mapping[str, Any], found: list[dict[str, str]]) -> str:
 Feed-forward layers of width {results["inner"]} in {results["experts"]} experts, of which {results["top_k"]} are used,
 in every layer of encoder and decoder; the dense model has {results["top_k"]} times the width, so all compute equally
 many products for a token. The source begins with the name of the target language, for all models. Made by
-[{SCRIPT}](../../{SCRIPT}); the test set (`val.jsonl`) was read by final models alone. Learning rates were chosen on 300 sentences held
+[{SCRIPT}](../../{SCRIPT}); the test set (`val.jsonl`) was read by final models alone.
+Learning rates were chosen on 300 sentences held
 back from training (loss by rate: {tried}).
 
 The lowest loss (within 0.01): {best}.
