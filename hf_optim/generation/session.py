@@ -124,8 +124,8 @@ class DecodeSession:
             self.positions.add_(1)
 
     def _forward_on_kernels(self, model: Any, call: Callable[..., Any]) -> None:
-        """Run ``forward`` as it is captured: on kernels for what torch.compile, or nobody, does as fast."""
-        with one_row(model, self.rows), fused_norms(model) if call is capture.call else nullcontext():
+        """Run ``forward`` as it is captured: norms are PyTorch's own where torch.compile does not fuse them."""
+        with fused_norms(model) if call is capture.call else nullcontext():
             self.forward(model, call)
 
     def sample(self, setting: _Setting) -> None:
@@ -195,7 +195,8 @@ class DecodeSession:
 
             for run, samples in ((step, True), (forward, False)):
                 try:
-                    setting.replay, setting.samples = self._capture(run), samples
+                    with one_row(model, self.rows):
+                        setting.replay, setting.samples = self._capture(run), samples
                 except CaptureMemoryError:
                     raise
                 except CaptureError as error:

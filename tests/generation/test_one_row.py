@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from generating import make, prompt
+from simulated_graphs import simulated_graphs
 from torch import nn
 
+import hf_optim
 from hf_optim.generation import one_row as rows
 from hf_optim_kernels.dense_row import op
 
@@ -156,3 +159,20 @@ def test_a_step_with_it_is_compiled_as_one_graph(model, there):
     torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
     assert len(graphs) == 1
     assert sum("dense_row" in name for name in graphs[0]) == 2
+
+
+def test_tokens_of_captured_steps_are_those_of_transformers(there, monkeypatch):
+    monkeypatch.setattr(rows, "USED", frozenset(rows.PARTS))
+    monkeypatch.setattr(op, "DTYPES", (torch.float32,))
+    called = []
+    for name in ("dense_row", "dense_rows"):
+        real = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda *given, real=real, name=name: (called.append(name), real(*given))[1])
+    model = make("qwen3")
+    inputs = prompt(model, 1)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    with simulated_graphs():
+        found = hf_optim.generate(model, **inputs, max_new_tokens=12, do_sample=False, mode="captured")
+    assert torch.equal(found, expected)
+    # In each of two blocks: q, k, v, o, down beside the gate and its values; and the head.
+    assert called.count("dense_row") * 2 == called.count("dense_rows") * 11 > 0
