@@ -22,7 +22,7 @@ VIEWS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims,
 )  # fmt: skip
-# The least numbers of a product that is no layer's (a router's): its launch is all that it costs.
+# The least numbers of a weight outside of linear layers, such as a router's: there a launch is most of the time.
 LEAST_NUMBERS = 1 << 17
 NO_ACT = -1
 # Arguments of ``dense_rows``.
