@@ -106,7 +106,7 @@ def _add_behind(graph: Graph, node: Node, target: Any) -> None:
     if total is None or len(end.users) != 1 or total.target != aten.add.Tensor or total.kwargs or len(total.args) != 2:
         return
     other = total.args[1] if total.args[0] is end else total.args[0]
-    if not isinstance(other, Node) or other is end:
+    if not isinstance(other, Node) or other is end or not isinstance(other.meta.get("val"), Tensor):
         return
     same = {(_value(each).dtype, _value(each).numel()) for each in (total, other, node)}
     if len(same) != 1:
