@@ -28,7 +28,12 @@ WAYS: dict[str, tuple[str, ...]] = {
     "off": (),
     "products": ("products",),
     "joined": ("products", "gates", "joined"),
+    "sums": ("products", "gates", "joined", "sums"),
     "all": ("products", "gates", "joined", "sums", "norms"),
+    # No parts of the others: the choice of experts in one launch (``generation.choices``), and attention that begins
+    # before the launch before it has ended (``decode_attention.launch.AHEAD``).
+    "choices": ("products", "gates", "joined", "choices"),
+    "ahead": ("products", "gates", "joined", "ahead"),
 }
 # Prompt and new tokens.
 MODELS = {"dense": (128, 128), "long": (30_000, 128), "mixture": (128, 128)}
@@ -211,7 +216,8 @@ class Ways:
         import torch
 
         import hf_optim
-        from hf_optim.generation import capture, one_row, sessions
+        from hf_optim.generation import capture, choices, one_row, sessions
+        from hf_optim_kernels.decode_attention import launch
 
         clock = Clock()
         held = [sessions._MODELS, capture._COMPILED]
@@ -219,7 +225,8 @@ class Ways:
             table.pop(self.model, None)
             if own is not None:
                 table[self.model] = own
-        one_row.USED = frozenset(WAYS[way])
+        one_row.USED = frozenset(WAYS[way]) & frozenset(one_row.PARTS)
+        choices.ENABLED, launch.AHEAD = "choices" in WAYS[way], "ahead" in WAYS[way]
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error", hf_optim.GenerationWarning)
             self.tokens[way] = hf_optim.generate(

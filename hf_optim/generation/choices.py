@@ -1,8 +1,7 @@
 """Choices of experts in a compiled decoding step, in one launch each.
 
 ``torch.compile`` leaves ``topk`` to PyTorch, whose two launches are a large part of a router at one token. A pass over
-the graph of the step puts the kernels' operator in its place where the rows are few and short. It is off (``ENABLED``):
-the operator is right on a device, but a step with it was not timed on one yet.
+the graph of the step puts the kernels' operator in its place where the rows are few and short.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 KERNEL = "hf_optim_kernels.experts.choose"
-# Whether compiled steps choose experts in one launch; not timed on a device yet.
-ENABLED = False
+# Whether compiled steps choose experts in one launch.
+ENABLED = True
 
 
 def choose_in_one_launch(graph: torch.fx.Graph) -> None:

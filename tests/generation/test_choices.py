@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 
-from hf_optim.generation import choices
+from hf_optim.generation import choices, one_row
 from hf_optim.generation.choices import choose_in_one_launch
 from hf_optim.generation.graph_passes import compile_options
 
@@ -65,7 +65,10 @@ def test_routers_of_native_classes_choose_so_and_the_same(kind):
             assert torch.equal(own, right)
 
 
-def test_it_is_off_until_it_is_timed():
+def test_without_any_pass_inductor_gets_no_options(monkeypatch):
+    assert compile_options()
+    monkeypatch.setattr(choices, "ENABLED", False)
+    monkeypatch.setattr(one_row, "USED", frozenset())
     assert compile_options() == {}
 
 

@@ -80,10 +80,15 @@ def test_steps_of_more_rows_are_the_library_s(model, there, count):
         assert type(model.up) is nn.Linear
 
 
-def test_steps_keep_the_library_until_it_is_timed(model, there, monkeypatch):
+def test_steps_of_one_row_alone_take_it_and_none_when_it_is_off(model, there, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(rows, "runs_on", lambda device: True)
     monkeypatch.setattr(op, "LEAST_NUMBERS", 1)
+    with rows.one_row(model, 1):
+        assert type(model.up) is rows.OneRowLinear
+    with rows.one_row(model, 2):
+        assert type(model.up) is nn.Linear
+    monkeypatch.setattr(rows, "USED", frozenset())
     with rows.one_row(model, 1):
         assert type(model.up) is nn.Linear
 

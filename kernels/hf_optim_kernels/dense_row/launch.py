@@ -45,7 +45,7 @@ def default(channels: int, matrices: int = 1, outputs: int = MANY) -> Config:
 def candidates(channels: int, matrices: int = 1, outputs: int = MANY) -> list[Config]:
     """Return configurations worth timing, the default first."""
     first = default(channels, matrices, outputs)
-    found = [first, {**first, "lines": 0}, {**first, "strided": True}]
+    found = [first, {**first, "lines": 0}, {**first, "strided": False}]
     row = 2 * triton.next_power_of_2(channels)
     for warps in (4, 8):
         for rows, stages, programs in product((1, 2), (1, 3, 4), (2, 3, 4, 8)):
@@ -60,7 +60,7 @@ def candidates(channels: int, matrices: int = 1, outputs: int = MANY) -> list[Co
 
 def _config(warps: int, programs: int, rows: int, stages: int) -> Config:
     return {
-        "warps": warps, "programs": programs, "rows": rows, "stages": stages, "lines": 32 * warps, "strided": False,
+        "warps": warps, "programs": programs, "rows": rows, "stages": stages, "lines": 32 * warps, "strided": True,
     }  # fmt: skip
 
 

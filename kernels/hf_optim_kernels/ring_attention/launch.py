@@ -34,7 +34,7 @@ class Setting(NamedTuple):
     stages: int
 
 
-# Of decode_attention on an H200; rings are not timed on a device yet.
+# Of decode_attention on an H200.
 FIRST = Setting(64, 4, 3)
 # Programs of a multiprocessor that the keys of a step are divided among, and the fewest keys of a program.
 RESIDENT, LEAST = 2, 256
