@@ -9,19 +9,15 @@ from __future__ import annotations
 CHECK = """## Training
 
 Gradients differ from float64 by at most {error:.1e} (norm over norm, bfloat16; {shapes}, {tokens} tokens, with pairs that no expert computes; [training-h200.json](training-h200.json)), and two runs have
-{bits} bits. {state}
+{bits} bits.
 
 """
-OFF = (
-    "Times of training were not measured, so it is **off**: where a gradient is needed, PyTorch's grouped product computes the "
-    "layer (`TRAINS` in `hf_optim/toolkit/experts/kernels.py`)."
-)
 STEPS = """Microseconds of forward and backward of a layer, with the gradients of hidden states, gates and matrices, or without those of matrices (*frozen*); `examples/gpu/experts.py training outer launches`.
 *Replayed* is one CUDA graph of both directions; the others include the host.
 
 {steps}
 
-Slower than transformers' `grouped_mm`: {losing}.
+Slower than transformers' `grouped_mm`: {losing}.{note}
 
 """
 OUTER = """The sum of outer products that is the gradient of a first matrix, microseconds by tiles (rows, columns, warps, stages):
@@ -45,9 +41,9 @@ def training(record, table, goals):
     """Return the sections from a record; ``table`` makes a table in Markdown, ``goals`` are microseconds by layer."""
     text = ""
     if "training check" in record:
-        text += _check(record["training check"], "training" in record)
+        text += _check(record["training check"])
     if "training" in record:
-        text += _steps(record["training"], table)
+        text += _steps(record["training"], table, record.get("note", ""))
     if "outer tiles" in record:
         tiles = list(next(iter(record["outer tiles"].values())))
         rows = [
@@ -63,17 +59,16 @@ def _shown(value):
     return f"{value:.0f}" if isinstance(value, (int, float)) else "-"
 
 
-def _check(checks, is_timed):
+def _check(checks):
     errors = [value for row in checks.values() for key, value in row.items() if key != "same"]
     names, tokens = zip(*(key.rsplit(" ", 1) for key in checks), strict=True)
     return CHECK.format(
         error=max(errors), bits="equal" if all(row["same"] for row in checks.values()) else "**different**",
         shapes=", ".join(dict.fromkeys(names)), tokens=" and ".join(dict.fromkeys(tokens)),
-        state="" if is_timed else OFF,
     )  # fmt: skip
 
 
-def _steps(found, table):
+def _steps(found, table, note):
     ways = ("ours", "grouped_mm", "eager", "ours, replayed", "grouped_mm, replayed")
     steps, losing = [], []
     for key, row in found.items():
@@ -84,7 +79,8 @@ def _steps(found, table):
             if _shown(own) != "-" and _shown(other) != "-" and own > other:
                 losing.append(f"{key}{suffix} ({own / other:.2f} times)")
     return STEPS.format(
-        steps=table(("layer", "tokens", "matrices", *ways), steps), losing=", ".join(losing) or "none"
+        steps=table(("layer", "tokens", "matrices", *ways), steps), losing=", ".join(losing) or "none",
+        note=f" {note}" if note else "",
     )  # fmt: skip
 
 
@@ -112,7 +108,8 @@ def _launches(found, table, goals):
 
 def kernels_of_a_token(record, table, count=12):
     """Return what a record of ``generate`` says of the kernels of a token; nothing if it has none."""
-    row = record["generate"].get("door", {}).get("kernels_us_token")
+    ways = record["generate"]
+    row = (ways.get("door, choices in one launch") or ways.get("door", {})).get("kernels_us_token")
     if not row:
         return ""
     total, launches = row["sum"]
