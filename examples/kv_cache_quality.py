@@ -10,8 +10,8 @@ them in their names are measured; the results are added to OUT.json.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -137,8 +137,13 @@ def bytes_of(cache, model, length):
 
 
 def main():
-    models, data, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    words = sys.argv[4:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, help="a folder of models")
+    parser.add_argument("data", type=Path, help="a folder of texts")
+    parser.add_argument("out", type=Path, help="the JSON file that results are added to")
+    parser.add_argument("words", nargs="*", help="measure only the caches that have one of them in their names")
+    args = parser.parse_args()
+    models, data, out, words = args.models, args.data, args.out, args.words
     found = json.loads(out.read_text()) if out.exists() else {}
     found |= {
         "torch": torch.__version__,

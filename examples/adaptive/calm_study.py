@@ -10,10 +10,10 @@ prompts: one half calibrates, the other is where the mean loss is held against t
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -256,4 +256,9 @@ def plot(record: dict) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"train": train, "losses": losses, "study": study}[sys.argv[1]](Path(sys.argv[2]))
+    parts = {"train": train, "losses": losses, "study": study}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("folder", type=Path, help="of the trained model and its losses")
+    args = parser.parse_args()
+    parts[args.part](args.folder)

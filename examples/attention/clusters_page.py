@@ -5,8 +5,8 @@ python examples/attention/clusters_page.py model_cards/attention
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,9 @@ The training is short, on few stories; what it costs the control is its own effe
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds clusters.json, and gets the page")
+    folder = parser.parse_args().folder
     results = json.loads((folder / "clusters.json").read_text(encoding="utf-8"))
     (folder / "clusters.md").write_text(page(results), encoding="utf-8")
 

@@ -5,8 +5,8 @@ python examples/attention/grids_page.py model_cards/attention
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -161,4 +161,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "model_cards/attention"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds grids.json, and gets the page and its plot")
+    main(parser.parse_args().folder)

@@ -5,8 +5,8 @@ python examples/attention/linear_page.py model_cards/attention
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -104,4 +104,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds linear.json, and gets the page")
+    main(parser.parse_args().folder)

@@ -9,8 +9,8 @@ kernels for many tokens have taken beside the ones that are used. ``training-h20
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from experts_cases import SHAPES, TOKENS
@@ -207,7 +207,9 @@ def kernels_tried(found, first, second):
 
 
 def main():
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds the records, and gets the page")
+    folder = parser.parse_args().folder
     names = ("layers", "launches", "generate", "prefill", "prefill-flat")
     layers, found, generate, *tried = (json.loads((folder / f"{name}-h200.json").read_text()) for name in names)
     trained = json.loads(path.read_text()) if (path := folder / "training-h200.json").exists() else {}

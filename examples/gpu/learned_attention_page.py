@@ -8,8 +8,8 @@ there are left out. ``check-h200.json`` and ``decoding-h200.json`` have errors a
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,4 +232,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds the records, and gets the page and its plot")
+    main(parser.parse_args().folder)

@@ -8,9 +8,9 @@ The folder has ``sparse_attention.json`` of ``sparse_attention.py`` and ``sparse
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,4 +258,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds the records, and gets the page and its plots")
+    main(parser.parse_args().folder)

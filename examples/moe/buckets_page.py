@@ -5,8 +5,8 @@ python examples/moe/buckets_page.py model_cards/moe/buckets
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -276,4 +276,6 @@ host, so it holds the start and the end of its work.
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds buckets.json, and gets the page and its plot")
+    write(parser.parse_args().folder)

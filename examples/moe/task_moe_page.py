@@ -5,8 +5,8 @@ python examples/moe/task_moe_page.py model_cards/moe
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -200,4 +200,6 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds task_moe.json, and gets the page and its plot")
+    write(parser.parse_args().folder)

@@ -5,9 +5,9 @@ python examples/moe/vmoe_page.py model_cards/moe
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -224,4 +224,6 @@ def draw_dropped(results: Mapping[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds vmoe.json, and gets the page and its plots")
+    write(parser.parse_args().folder)

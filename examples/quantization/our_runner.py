@@ -5,9 +5,9 @@ The counterpart of ``peer_runner.py``, with the same files. ``beside_peers.py`` 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,15 @@ def steps_of(job: dict[str, Any]) -> list[Any]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        raise SystemExit(f"usage: {Path(__file__).name} JOB, a folder with job.json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path, help="a folder with job.json")
+    folder = parser.parse_args().job
+    if not (folder / "job.json").is_file():
+        parser.error(f"{folder} has no job.json")
     import transformers
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     steps = steps_of(job)
     result: dict[str, Any] = {

@@ -15,9 +15,9 @@ projection after them); AutoRound gets padded sentences with their mask.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -158,13 +158,15 @@ DOORS: dict[str, tuple[str, Callable[..., None]]] = {
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        raise SystemExit(f"usage: {Path(__file__).name} JOB, a folder with job.json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path, help="a folder with job.json")
+    folder = parser.parse_args().job
+    if not (folder / "job.json").is_file():
+        parser.error(f"{folder} has no job.json")
     import transformers
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     package, door = DOORS[job["method"]]
     result: dict[str, Any] = {

@@ -5,8 +5,8 @@ python examples/quantization/rotation_page.py model_cards/quantization/rotation.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="rotation.json; the page is written beside it")
+    path = parser.parse_args().results
     path.with_suffix(".md").write_text(page(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
 
 

@@ -5,8 +5,8 @@ python examples/sparsity/scaling_page.py model_cards/sparsity
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,9 @@ def plot(part: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    home = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds the two records, and gets the page and its plot")
+    home = parser.parse_args().folder
     projections, terraformer = (
         json.loads((home / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("sparse_projections", "terraformer")

@@ -85,6 +85,29 @@ runpy.run_path({str(path)!r}, run_name={name!r})
     assert options != "--help" or f"usage: {path.name}" in done.out
 
 
+def test_words_are_read_by_a_parser():
+    """A missing word gives the usage. Sections on a GPU, and the processes they start, read words themselves."""
+    own = [path for path in SCRIPTS if path.parent.name != "gpu" or path.name.endswith("_page.py")]
+    assert len(own) > 80
+    by_place = re.compile(r"sys\.argv\[\d+\]")
+    tracked = {path: by_place.findall(path.read_text(encoding="utf-8").split('"""\n', 2)[-1]) for path in own}
+    # The words of ``offload_on_cpu`` are those of a process that it starts.
+    assert [path.name for path, found in tracked.items() if found] == ["offload_on_cpu.py"]
+
+
+@pytest.mark.parametrize("name", ["moe/vmoe_page", "gpu/sparse_attention_page", "adaptive/calm_study"])
+def test_a_missing_word_gives_the_usage(name, python):
+    path = HOME / f"{name}.py"
+    done = python.copy(f"""
+import runpy, sys
+sys.path.insert(0, {str(path.parent)!r})
+sys.argv = [{str(path)!r}]
+runpy.run_path({str(path)!r}, run_name="__main__")
+""")
+    assert done.status == 2, done.err
+    assert f"usage: {path.name}" in done.err
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(HOME)))
 def test_what_it_uses_of_hf_optim_exists(path):
     """Also inside of functions that only a GPU runs."""
