@@ -16,6 +16,7 @@ from ..recipes.config import DataConfig
 from ..recipes.technique import Technique
 from ..runs.run import Run
 from ..toolkit.checkpoint.stock_errors import config_errors, require_bounded
+from ..toolkit.compat import set_experts_implementation
 from ..trust.bounds import shown
 from ..trust.code import may_run, require_no_kernels
 from ..trust.weights import checked_weights
@@ -143,7 +144,7 @@ def apply_prepared(run: Run, model: PreTrainedModel) -> None:
         if key == "attn_implementation":
             model.set_attn_implementation(value)
         elif key == "experts_implementation" and hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation(value)
+            set_experts_implementation(model, value)
         elif key == "dtype":
             model.to(value)
         else:

@@ -95,6 +95,21 @@ def decoding_method(model: Any, generation_config: Any, assistant_model: Any) ->
     return getattr(type(model), GENERATION_MODES_MAPPING[mode])
 
 
+def set_experts_implementation(model: Any, implementation: Any) -> None:
+    """Set the function that computes the experts of a model; also of one whose class came with its checkpoint.
+
+    transformers looks for its decorator in the source of a class's module and passes over a class that lacks it: so
+    does one that derives from a stock class, unless the stock class has been asked before in the same process.
+
+    Raises what ``PreTrainedModel.set_experts_implementation`` raises.
+    """
+    for cls in {type(part) for part in model.modules() if isinstance(part, transformers.PreTrainedModel)}:
+        stock = next((base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")), None)
+        if stock is not None and stock._can_set_experts_implementation() and not cls._can_set_experts_implementation():
+            cls._can_set_experts_implementation_cached_value = True
+    model.set_experts_implementation(implementation)
+
+
 def expert_parallel() -> Any:
     """Return the module with transformers' registry of exchanges between ranks; None before 5.23."""
     if VERSION < (5, 23):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ModelError
 from ...trust.text import one_line
+from ..compat import set_experts_implementation
 from . import registry
 from .assignments import BATCH, Batch, returns_choices, skip_none, skip_stable, skipper_of
 from .bucketed_layer import LAYER, BucketedLayer, buckets_of
@@ -35,7 +36,7 @@ def attach_buckets(model: PreTrainedModel, buckets: Buckets, label: str = "bucke
     vars(model)[FORMER] = vars(model).get(FORMER_OF_ROUTING, current)
     registry.use(model)
     try:
-        model.set_experts_implementation(NAME)
+        set_experts_implementation(model, NAME)
     except (ValueError, RuntimeError) as error:
         detach_buckets(model)
         raise ModelError(f"{label}: {type(model).__name__} takes no function for its experts: {error}") from error
@@ -97,7 +98,7 @@ def detach_buckets(model: nn.Module) -> None:
         if former is None:
             continue
         if not any(layer_of(part) is not None for part in module.modules()):
-            module.set_experts_implementation(former)  # type: ignore[operator]
+            set_experts_implementation(module, former)
         registry.drop(module)
 
 

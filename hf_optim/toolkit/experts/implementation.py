@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compat import set_experts_implementation
 from ..topology.experts import fused_experts, interface_experts
 from . import kernels, registry
 from .capped_layer import layer_of
@@ -57,7 +58,7 @@ def attach_experts(model: nn.Module) -> list[str]:
         return []
     vars(inner)[FORMER] = User(former)
     try:
-        inner.set_experts_implementation(NAME)
+        set_experts_implementation(inner, NAME)
     except (ValueError, RuntimeError):  # in transformers 5.17 some classes do not let their experts be set
         detach_experts(model)
     return [name for name, module in found.items() if runs_here(module)]
@@ -69,7 +70,7 @@ def detach_experts(model: nn.Module) -> None:
         forget_gate(module)
         user = vars(module).pop(FORMER, None)
         if user is not None:
-            module.set_experts_implementation(user.former)  # type: ignore[operator]
+            set_experts_implementation(module, user.former)
             registry.drop(user)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ModelError
 from ...trust.text import one_line
+from ..compat import set_experts_implementation
 from ..topology.experts import expert_counts, expert_stacks, has_experts, interface_experts
 from . import registry
 from .bucketed_layer import buckets_of
@@ -72,7 +73,7 @@ def attach_routing(model: PreTrainedModel, routing: Routing, label: str = "a cap
     tokens = {id(body): note_tokens(body) for body in dict.fromkeys(bodies.values())}
     vars(model)[FORMER] = former
     try:
-        model.set_experts_implementation(NAME)
+        set_experts_implementation(model, NAME)
     except (ValueError, RuntimeError) as error:
         detach_routing(model)
         raise ModelError(f"{label}: {type(model).__name__} takes no function for its experts: {error}") from error
@@ -117,7 +118,7 @@ def detach_routing(model: nn.Module) -> None:
             forget_tokens(module)
         former = vars(module).pop(FORMER, None)
         if former is not None and FORMER_OF_BUCKETS not in vars(module):
-            module.set_experts_implementation(former)  # type: ignore[operator]
+            set_experts_implementation(module, former)
 
 
 def routing_of(model: nn.Module) -> Routing | None:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from test_codes_of_own_mixtures import MOEFIED, RESIDUAL, TASKS, VISION, inputs_of, mixture
-from tiny_models import tiny_llama, tiny_opt, tiny_t5, tiny_vit
+from tiny_models import tiny_llama, tiny_mixtral, tiny_opt, tiny_t5, tiny_vit
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import hf_optim
@@ -65,3 +65,34 @@ def test_classes_that_a_capacity_would_break_are_refused(build, step, message, t
 def test_priorities_among_equal_gates_are_refused(build, step):
     with pytest.raises(ModelError, match=r"a gate of 1, so none is larger; use a capacity that goes by"):
         hf_optim.optimize(mixture(build, step), [{"technique": PRIORITY, "measure": False}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "counted"),
+    [
+        ({"technique": POSITION, "capacity": 0.25, "measure": False}, lambda model: loads(model).chosen),
+        ({"technique": "dynamoe"}, lambda model: (buckets(model)["forwards"],)),
+    ],
+    ids=["capacity", "buckets"],
+)
+def test_a_stock_mixture_with_attention_of_its_own_is_loaded_with_its_setting(fields, counted, tmp_path, monkeypatch):
+    made = hf_optim.optimize(tiny_mixtral(), [{"technique": "strided", "stride": 4}, fields])
+    made.save_pretrained(tmp_path)
+    # As in a new process: transformers reads the source of a class once, and derived classes inherit what it found.
+    for cls in type(made).__mro__:
+        if "_can_set_experts_implementation_cached_value" in vars(cls):
+            monkeypatch.delattr(cls, "_can_set_experts_implementation_cached_value")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, optim_config="auto")
+    inputs = inputs_of(made, {})
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, made(**inputs).logits, rtol=0, atol=1e-6)
+    assert counted(again) == counted(made)
+    assert sum(counted(again)) > 0
+
+
+def loads(model):
+    return next(iter(hf_optim.expert_load(model).values()))
+
+
+def buckets(model):
+    return next(iter(hf_optim.expert_buckets(model).values()))
