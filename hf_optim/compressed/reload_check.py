@@ -41,6 +41,7 @@ from .quantizer import packed_modules, packing_fits
 from .schemes import embedding_scheme
 from .schemes import scheme as make_scheme
 from .state_dict import packed_state_dict
+from .step_scheme import scheme_of_step
 from .storability import FP8_REMEDY, storable, takes_embeddings, unstorable_pattern
 
 if TYPE_CHECKING:
@@ -67,11 +68,10 @@ def require_reloadable(step: Technique, model: Any, label: str, own_code: bool =
         return  # it has quantized layers, which the step itself accepts or refuses
     if QUANTIZED not in step.contract().adds or step.reload() is not Reload.STOCK_FORMAT:
         return
-    bits, integer = getattr(step, "bits", 8), getattr(step, "format", "int") == "int"
+    integer = getattr(step, "format", "int") == "int" and getattr(step, "bits", 8) is not None
     targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
     symmetric = getattr(step, "symmetric", True)
     scope = Scope("", model, model)
-    integer = integer and bits is not None
     try:
         layers, _ = storable(
             scope, targets, skip, integer, label, experts=True, symmetric=symmetric, embeddings=takes_embeddings(step)
@@ -82,14 +82,7 @@ def require_reloadable(step: Technique, model: Any, label: str, own_code: bool =
         raise PatternError(f"{label}: {error} in {type(model).__name__}") from error
     except ModelError as error:
         raise ModelError(_without_fp8(str(error), scope, targets, skip)) from error
-    scheme = make_scheme(
-        bits,
-        "int" if integer else "float",
-        symmetric=symmetric,
-        activations=getattr(step, "activations", None),
-        static=not getattr(step, "dynamic", True),
-        symmetric_activations=getattr(step, "symmetric_activations", True),
-    )
+    scheme = scheme_of_step(step)
     if not layers or own_code or not is_stock(model) or not (problem := reload_problem(model, layers, scheme)):
         return
     if reload_problem(model, {}, scheme):

@@ -175,6 +175,14 @@ class Technique:
         """
         return Phase.TRANSFORM in self.phases()
 
+    def code_bits(self) -> float | None:
+        """Return the mean bits of the codes that a step makes of weights; None if it leaves them in floating point.
+
+        For estimates. By default its field ``bits``, or 8 if it has none.
+        """
+        bits: float | None = getattr(self, "bits", 8)
+        return bits
+
     def implements(self, hook: str) -> bool:
         """Return True if this technique implements the hook."""
         return hasattr(type(self), hook)

@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..toolkit import topology
 from ..toolkit.pruning import sparsity
 from ..toolkit.quantization import adjusted_message, stored_bits
+from ..toolkit.quantization.grids import fit_group_size
 from ..toolkit.quantization.group_fit import LARGE
 from ..toolkit.topology.experts import expert_linears
 from ..toolkit.topology.selection import PatternError
@@ -142,7 +143,8 @@ def _note_groups(run: Run, step: Technique, names: set[str], entry: dict[str, An
         scale = getattr(module, "weight_scale", None)
         if getattr(weights, "type", None) == "float":
             continue  # groups of a format, not of the step
-        if size and width and scale is not None and size != min(asked, width):
+        # A step that stores no codes may have groups of its own, other than those that a later step stores.
+        if size and width and scale is not None and size == fit_group_size(width, asked) != min(asked, width):
             packed = str(getattr(module.quantization_scheme.format, "value", module.quantization_scheme.format))
             stored = stored_bits(
                 weights.num_bits,

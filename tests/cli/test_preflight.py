@@ -12,7 +12,7 @@ import tiny_mixtures
 import torch
 from renamed_families import build_family
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral
+from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 
 import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimConfig
@@ -23,9 +23,14 @@ from hf_optim.cli.jobs import preflight, room
 from hf_optim.cli.jobs.plan import Plan
 from hf_optim.errors import OptimError
 from hf_optim.runs.memory import host_memory
+from hf_optim.testing.tiny_runs import inputs_for
 
 RTN = {"technique": "rtn", "bits": 4, "group_size": 16}
 STREAMED = {"steps": [RTN], "driver": "streamed"}
+
+
+def tiny_bfloat16(**sizes):
+    return tiny_llama(**sizes).to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +206,48 @@ def test_matrices_of_experts_count_in_the_bytes_after(fields, tmp_path):
     mixture.save_pretrained(tmp_path / "dense")
     guess = look(tmp_path / "dense", [step]).estimates["bytes_after"]
     hf_optim.optimize(mixture, step).save_pretrained(tmp_path / "packed")
-    tensors = load_file(tmp_path / "packed" / "model.safetensors")
-    assert guess == sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith("weight_shape"))
+    assert guess == bytes_of_codes(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("build", "step"),
+    [
+        (tiny_llama, {"technique": "rtn", "bits": 3, "group_size": 16}),
+        (tiny_llama, {"technique": "rtn", "bits": 3, "group_size": 16, "symmetric": False}),
+        (tiny_llama, {"technique": "rtn", "bits": 4, "activations": "int8"}),
+        (tiny_llama, {"technique": "rtn", "bits": 8, "strategy": "tensor"}),
+        (tiny_llama, {"technique": "llm_int8"}),
+        (tiny_bfloat16, {"technique": "rtn", "bits": 4, "format": "mxfp4"}),
+        (tiny_t5, {"technique": "rtn", "bits": 4}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_the_bytes_after_are_those_of_the_checkpoint(build, step, tmp_path):
+    model = build().eval()
+    model.save_pretrained(tmp_path / "dense")
+    guess = look(tmp_path / "dense", [step]).estimates["bytes_after"]
+    hf_optim.optimize(model, step, calibration=[inputs_for(model)]).save_pretrained(tmp_path / "packed")
+    assert guess == bytes_of_codes(tmp_path / "packed")
+
+
+def test_a_budget_of_bits_is_a_bound_of_the_bytes_after(model, tmp_path):
+    step = {"technique": "qbert", "budget": 4.0, "iterations": 2}
+    guess = look(model, [step]).estimates["bytes_after"]
+    dense = tiny_llama().eval()
+    hf_optim.optimize(dense, step, calibration=[inputs_for(dense)]).save_pretrained(tmp_path / "packed")
+    assert 0.9 * guess < bytes_of_codes(tmp_path / "packed") <= guess
+
+
+def bytes_of_codes(folder):
+    tensors = load_file(folder / "model.safetensors")
+    return sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith("weight_shape"))
+
+
+def test_groups_of_a_float_format_are_not_those_of_the_step(tmp_path):
+    tiny_bfloat16(intermediate_size=160).save_pretrained(tmp_path)
+    integer, floats = ({"technique": "gptq", **format} for format in ({}, {"format": "mxfp4"}))
+    assert any("group_size 128 does not divide the 160 inputs" in note for note in look(tmp_path, [integer]).notes)
+    assert not any("does not divide" in note for note in look(tmp_path, [floats]).notes)
 
 
 @pytest.mark.parametrize("driver", ["streamed", "blockwise"])

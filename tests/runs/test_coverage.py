@@ -152,10 +152,12 @@ def test_lines_are_printable():
     assert line.isprintable()
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_groups_that_do_not_fit_tell_the_bits_of_a_weight(tmp_path, caplog, symmetric):
+@pytest.mark.parametrize(
+    "fields", [{"bits": 4}, {"bits": 4, "symmetric": False}, {"bits": 4, "activations": "int8"}, {"bits": 3}], ids=str
+)
+def test_groups_that_do_not_fit_tell_the_bits_of_a_weight(tmp_path, caplog, fields):
     model = tiny_llama(intermediate_size=172)
-    fields = {"technique": "rtn", "bits": 4, "group_size": 32, "symmetric": symmetric}
+    fields = {"technique": "rtn", "group_size": 32, **fields}
     model = hf_optim.optimize(model, fields)
     model.save_pretrained(tmp_path)
     (entry,) = Record.read(tmp_path).coverage.values()
@@ -172,6 +174,13 @@ def test_groups_that_do_not_fit_tell_the_bits_of_a_weight(tmp_path, caplog, symm
     told = f"groups of 4: {bits:.1f} bits a weight with scales, more than int8 takes: use group_size 43 or 86"
     assert told in caplog.text  # the log, at warning level
     assert told in (tmp_path / "README.md").read_text()
+
+
+def test_groups_of_a_later_step_are_not_told_of_an_earlier_one():
+    steps = [{"technique": "awq", "group_size": 128}, {"technique": "rtn", "bits": 4, "group_size": 16}]
+    model = tiny_llama()
+    run = hf_optim.run_of(hf_optim.optimize(model, steps, calibration=[model.dummy_inputs]))
+    assert run.record.notes == []
 
 
 def test_groups_that_fit_say_nothing(caplog):

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
+from ...compressed.step_scheme import packs_codes
 from ...compressed.storability import takes_embeddings
 from ...evaluation.reported import format_bytes
 from ...recipes.config import OptimConfig
+from ...recipes.contract import Reload
 from ...recipes.traits import QUANTIZED
 from ...runs.scope import Scope
 from ...toolkit import topology
+from ...toolkit.quantization import float4, stored_bits
 from ...toolkit.quantization.grids import fit_group_size
 from .calibration_cost import calibration_cost, calibration_tokens
 from .plan import Plan
@@ -89,13 +92,17 @@ def _readable(found: dict[str, Any]) -> dict[str, str]:
 def _stored_bytes(recipe: OptimConfig, model: torch.nn.Module, width: int) -> int:
     total = sum(p.numel() for p in model.parameters()) * width
     step = next((s for s in reversed(recipe.steps) if QUANTIZED in s.contract().adds), None)
-    bits = getattr(step, "bits", None)
-    if step is None or bits is None:
+    planner = next((s for s in recipe.steps if getattr(s, "assign_only", False)), step)
+    if step is None or planner is None or (bits := planner.code_bits()) is None:
         return total
     targets, skip = getattr(step, "targets", ("Linear",)), getattr(step, "skip", ())
     # Integer codes of a mixture are stored only with its experts packed too; in fp8 experts stay as they are.
-    experts = getattr(step, "format", "int") == "int"
-    selected = Scope("", model, model).select(targets, skip, experts, takes_embeddings(step))  # type: ignore[arg-type]
+    format = getattr(step, "format", "int")
+    selected = Scope("", model, model).select(targets, skip, format == "int", takes_embeddings(step))  # type: ignore[arg-type]
+    linear = [name for name, module in selected.items() if isinstance(module, torch.nn.Linear)]
+    own_code = step.reload() is not Reload.STOCK_FORMAT
+    packed = own_code or packs_codes(step, model, linear)
+    zero_point = not getattr(step, "symmetric", True)
     for module in selected.values():
         if isinstance(module, topology.ExpertLinear):
             rows, columns = module.out_features, module.in_features
@@ -103,13 +110,17 @@ def _stored_bytes(recipe: OptimConfig, model: torch.nn.Module, width: int) -> in
             rows, columns = module.weight.shape
         else:
             continue
-        own = 8 if isinstance(module, torch.nn.Embedding) else bits  # a byte for each code of a table
-        group_size = getattr(step, "group_size", None)
-        groups = columns // fit_group_size(columns, group_size) if group_size else 1
-        total += rows * (_packed_bytes(columns, own) + groups * width - columns * width)
+        group_size, scale_bits = getattr(step, "group_size", None), 8 * width
+        group = fit_group_size(columns, group_size) if group_size else columns
+        if format in float4.GROUPS:
+            group, scale_bits = float4.GROUPS[format], 8
+            if columns % group:
+                continue  # left out
+        elif getattr(step, "strategy", None) == "tensor":
+            group = rows * columns
+        table = isinstance(module, torch.nn.Embedding)  # a byte for each code
+        of_weight = stored_bits(
+            bits, columns, group, scale_bits, packed=packed and not table, zero_point=zero_point and not own_code
+        )
+        total += round(rows * columns * of_weight / 8) - rows * columns * width
     return total
-
-
-def _packed_bytes(columns: int, bits: int) -> int:
-    """Return the bytes of a row: one per value at 8 bits, below that packed into 32-bit words."""
-    return columns if bits == 8 else 4 * -(-columns * bits // 32)

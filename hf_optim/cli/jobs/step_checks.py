@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...calibration.steps import no_layer
+from ...compressed.step_scheme import packs_codes
 from ...compressed.storability import storable, takes_embeddings
 from ...errors import ModelError
 from ...recipes.config import OptimConfig
@@ -17,7 +18,7 @@ from ...recipes.traits import BITS_ASSIGNED, QUANTIZED
 from ...runs.coverage import TOWERS, patterns_of, require_effective
 from ...runs.scope import Scope
 from ...toolkit import topology
-from ...toolkit.quantization import adjusted_groups, adjusted_message, stored_bits
+from ...toolkit.quantization import adjusted_groups, adjusted_message, float4, stored_bits
 from ...toolkit.topology.selection import PatternError
 
 
@@ -75,8 +76,9 @@ def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
         left = {**topology.left_alone(model, targets, skip), **skipped}
         raise ModelError(no_layer(label, type(model).__name__, left))
     notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
-    group_size = getattr(step, "group_size", None)
-    return notes + (list(_adjusted_groups(layers, step, model, label)) if group_size else [])
+    # 4-bit floats have groups of their format, whatever the step says.
+    has_groups = getattr(step, "group_size", None) and getattr(step, "format", "int") not in float4.GROUPS
+    return notes + (list(_adjusted_groups(layers, step, model, label)) if has_groups else [])
 
 
 def _check_streamed_experts(recipe: OptimConfig, step: Technique, model: Any, label: str) -> None:
@@ -98,8 +100,9 @@ def _adjusted_groups(layers: dict[str, nn.Module], step: Technique, model: Any, 
     symmetric = getattr(step, "symmetric", True)
     widths = {name: layer.in_features for name, layer in layers.items() if isinstance(layer, nn.Linear)}
     scale_bits = 8 * model.dtype.itemsize
+    packed = packs_codes(step, model, widths)
     for (width, size), names in adjusted_groups(widths, group_size).items():
-        stored = stored_bits(bits, width, size, scale_bits, packed=symmetric, zero_point=not symmetric)
+        stored = stored_bits(bits, width, size, scale_bits, packed=packed, zero_point=not symmetric)
         yield f"{label}: {adjusted_message(names, width, size, group_size, bits, stored)}"
 
 

@@ -13,19 +13,19 @@ LARGE = 8.0
 
 
 def stored_bits(
-    bits: int, width: int, group_size: int, scale_bits: int, *, packed: bool = True, zero_point: bool = False
+    bits: float, width: int, group_size: int, scale_bits: int, *, packed: bool = True, zero_point: bool = False
 ) -> float:
     """Return the bits of a weight in a checkpoint, with its share of the scale and of the zero point of its group.
 
     Args:
-        bits: of a code.
+        bits: of a code; a fraction is a mean over layers.
         width: number of inputs of the layer.
-        group_size: inputs that share a scale.
+        group_size: weights that share a scale.
         scale_bits: of a scale: 32 for a model in float32, 16 in bfloat16 and float16.
-        packed: an int32 holds as many codes of a row as fit; otherwise a code takes a byte.
+        packed: the codes of a row lie without gaps in 32-bit words; otherwise a code takes a byte.
         zero_point: each group has a zero point of a byte.
     """
-    code = 32 * math.ceil(width / (32 // bits)) / width if packed else 8.0
+    code = 32 * math.ceil(width * bits / 32) / width if packed else 8.0
     return code + (scale_bits + 8 * zero_point) / group_size
 
 

@@ -163,6 +163,10 @@ class QBERT(Technique):
     def check_model(self, model: Any, label: str) -> None:
         require_storable(self, model, label)
 
+    def code_bits(self) -> float:
+        """Return the budget: the bytes of codes and scales are at most those of so many bits everywhere."""
+        return self.budget
+
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         layers, skipped = select_layers(self, run, scope)
