@@ -26,10 +26,14 @@ def slots_for(tokens: int) -> int:
     return tokens + min(max(LEAST_ROOM, tokens // 8), MOST_ROOM)
 
 
+class HeldKeysError(ValueError):
+    """Something else than the attention function has read keys that are held for it."""
+
+
 class HeldKeys(Tensor):
     """Keys of a cache that holds some tokens of a row, on their way to the attention function that knows which.
 
-    What has numbers of them as its result raises ``ValueError``; their shape, dtype and device can be read.
+    What has numbers of them as its result raises ``HeldKeysError``; their shape, dtype and device can be read.
     """
 
     held_by: PatternLayer
@@ -52,7 +56,7 @@ class HeldKeys(Tensor):
             found = func(*args, **(kwargs or {}))
         if isinstance(found, (bool, int, str, torch.Size, torch.dtype, torch.device, torch.layout)):
             return found
-        raise ValueError(
+        raise HeldKeysError(
             "this cache holds only the keys that an attention pattern sees, and no other attention can compute with "
             "them: make a new cache for a model without the pattern, or set use_cache=False"
         )

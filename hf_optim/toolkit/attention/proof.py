@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from ...errors import ModelError
-from ..modules import relative_difference, rounding_tolerance
+from ..compat import CACHE
+from ..modules import eval_mode, relative_difference, rounding_tolerance
 from ..topology import NoInputsError, dummy_inputs
 from .attachment import FIELD, Attachment
+from .caches import HeldKeysError, PatternLayer
 from .pattern import Pattern
 from .reach import attends_to_the_far_end, hidden_states, is_causal
 from .rows import SEGMENTS
 from .terms import Band, Term
+
+log = logging.getLogger(__name__)
 
 
 def require_self_attention(config: PretrainedConfig, label: str, model_class: Any = None) -> None:
@@ -103,7 +108,28 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
             "and mask from transformers' interfaces in all of its layers; this architecture is not supported"
         )
     causal = is_causal(model, inputs, full)
+    if causal:
+        _require_cached_keys(model, inputs, label)
     return Proved(causal, shared=called.total > len(called))
+
+
+def _require_cached_keys(model: PreTrainedModel, inputs: dict[str, Tensor], label: str) -> None:
+    """Raise ``ModelError`` for a model that makes the keys of its attention of what its cache returns.
+
+    What a pattern keeps then says nothing of the keys, and the model could neither decode nor be called as usual.
+    """
+    cache = Cache(layer_class_to_replicate=PatternLayer)
+    body = model.base_model
+    try:
+        with probe(model, Band(None, None)), eval_mode(body):
+            body(**inputs, **{CACHE: cache}, use_cache=True)
+    except HeldKeysError as error:
+        raise ModelError(
+            f"{label}: {type(model).__name__} computes its keys from what it has cached, as multi-head latent "
+            "attention does, so a pattern has no keys to keep; this architecture is not supported"
+        ) from error
+    except Exception as error:  # a class with layers that need another cache, or with none: nothing follows from it
+        log.debug("%s was not tried with a cache: %s", type(model).__name__, error)
 
 
 class ProbedCall(NamedTuple):

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+import tiny_mixtures
 import torch
 from pattern_oracle import difference, hidden_and_gradients, inputs_of, model_of, use_blocks
 from peft import LoraConfig, get_peft_model
@@ -337,3 +338,9 @@ def test_the_check_and_the_run_refuse_in_the_same_words(fields):
     with pytest.raises(ModelError) as in_check:
         hf_optim.OptimConfig.parse([fields]).steps[0].check_model(tiny_gpt2(), f"step 1 ({fields['technique']})")
     assert str(in_check.value) == str(in_run.value)
+
+
+@pytest.mark.parametrize("step", [{"technique": "dilated"}, {"technique": "rfa", "features": 6}], ids=str)
+def test_latent_attention_is_refused_since_its_cache_holds_no_keys(step):
+    with pytest.raises(ModelError, match="computes its keys from what it has cached"):
+        hf_optim.optimize(tiny_mixtures.build("deepseek_v3"), step)
