@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..evaluation.comparison import measurement_rows
+from ..trust.bounds import shown
 from .options import add_data_options, add_model_options, data_config_from_args, positive_int, source_from_args
 from .table import print_table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..checkpoints.source import ModelSource
     from ..recipes.config import DataConfig
 
 EXAMPLE = "hf-optim eval llama-w4a16 --data eval.jsonl"
@@ -26,6 +30,11 @@ EXAMPLE = "hf-optim eval llama-w4a16 --data eval.jsonl"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hub id or the directory of a checkpoint")
     parser.add_argument("--data", metavar="DATA", help="evaluation data (needed without --tasks)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="TOKENIZER",
+        help="a Hub id or a folder with the tokenizer or image processor (default: the model's own)",
+    )
     parser.add_argument("--auto", action="store_true", help="run a compressed checkpoint on hf_optim's kernels")
     parser.add_argument("--no-time", action="store_true", help="measure no time")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -61,11 +70,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _processor(args: argparse.Namespace, source: ModelSource, cls: type[PreTrainedModel]) -> Any:
+    """Return the tokenizer or image processor that the options name, or the model's own; None if it has none."""
+    import dataclasses
+
+    from ..checkpoints.source import load_processor
+
+    if args.tokenizer is None:
+        return load_processor(source, cls)
+    found = load_processor(dataclasses.replace(source, model=args.tokenizer, revision=None), cls)
+    if found is None:
+        kind = "image processor" if cls.main_input_name == "pixel_values" else "tokenizer"
+        raise DataError(f"--tokenizer {shown(args.tokenizer)}: there is no {kind} that transformers can load")
+    return found
+
+
 def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
     """Load a checkpoint like stock transformers (with ``--auto``, on hf_optim's kernels), and return its metrics."""
     import torch
 
-    from ..checkpoints.source import load_model, load_processor, resolve_device
+    from ..checkpoints.source import load_model, resolve_device
     from ..data.datasets import require_readable
     from ..evaluation.evaluate import evaluate
     from ..evaluation.harness import lm_eval_tasks, require_lm_eval
@@ -80,7 +104,7 @@ def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     with PeakMemory(device) as memory:
         model = load_on_kernels(source, device) if args.auto else load_model(source).to(device)
-        processor = load_processor(source, type(model))
+        processor = _processor(args, source, type(model))
         if data.dataset is not None:
             measured |= evaluate(model, processor, data, speed=not args.no_time)
         if args.tasks is not None:

@@ -362,6 +362,20 @@ def test_eval_prints_a_table(capsys, monkeypatch):
     assert rows["tokens scored"].strip() == "7"
 
 
+def test_eval_takes_a_tokenizer_from_elsewhere(shop, capsys, tmp_path):
+    AutoModelForCausalLM.from_pretrained(shop.model).save_pretrained(tmp_path / "bare")
+    words = ["--data", shop.held_out, "--samples", "2", "--no-time", "--json", "--device", "cpu"]
+
+    def perplexity(*argv):
+        assert call(["eval", *argv, *words]) == 0
+        return json.loads(capsys.readouterr().out)["perplexity"]
+
+    assert "its folder has none" in error_line(capsys, ["eval", tmp_path / "bare", *words])
+    assert perplexity(tmp_path / "bare", "--tokenizer", shop.model) == perplexity(shop.model)
+    missing = ["eval", shop.model, "--tokenizer", tmp_path / "bare", *words]
+    assert "bare': there is no tokenizer that transformers can load" in error_line(capsys, missing)
+
+
 def test_dense_writes_the_same_values_uncompressed(shop, small):
     assert call(shop.calibrated("dense", "--dense")) == 0
     dense = shop.home / "dense"
