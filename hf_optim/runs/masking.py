@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,8 +13,18 @@ from ..toolkit.distributed import collectives, fsdp
 from .run import Run
 
 
+class Masked(Protocol):
+    """A model and its masks by the names of parameters: those of a ``Run``, or those that its checkpoint tells of."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]: ...
+
+
 @torch.no_grad()
-def apply_masks(run: Run, names: Iterable[str] | None = None) -> None:
+def apply_masks(run: Masked, names: Iterable[str] | None = None) -> None:
     """Zero the masked weights of ``run.model``: all of them, or those of the parameters ``names``."""
     fsdp.reshard(run.model)
     for name in run.masks if names is None else names:
@@ -22,7 +32,7 @@ def apply_masks(run: Run, names: Iterable[str] | None = None) -> None:
         fsdp.local_shard(parameter).masked_fill_(~fsdp.shard_like(run.masks[name], parameter), 0.0)
 
 
-def masked_parameter(run: Run, name: str) -> nn.Parameter:
+def masked_parameter(run: Masked, name: str) -> nn.Parameter:
     """Return the parameter that a mask belongs to; for a peft layer, that of the wrapped layer. May be an FSDP2 shard.
 
     Raises ``ModelError`` if the parameter does not exist, has another shape (FSDP1, ZeRO-3), or is part of an adapter

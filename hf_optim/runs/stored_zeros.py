@@ -188,6 +188,8 @@ def _parameter_name(model: nn.Module, name: str) -> str | None:
 
 
 def _coded(module: nn.Module | None) -> bool:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer  # type: ignore[union-attr, assignment]
     attributes = ("decoded", "quantization_scheme", "holds_codes")
     return any(getattr(module, attribute, None) for attribute in attributes)
 
@@ -196,6 +198,8 @@ def _values(model: nn.Module, name: str) -> torch.Tensor | None:
     """Return the values of a weight, decoded if it is on a kernel; None as long as it has none."""
     owner, _, own = name.rpartition(".")
     module: Any = model.get_submodule(owner)
+    while own not in module._parameters and hasattr(module, "base_layer"):  # inside of adapters
+        module = module.base_layer
     parameter = module._parameters.get(own)
     if getattr(getattr(module, "quantization_status", None), "value", None) == "compressed":
         return None

@@ -103,9 +103,10 @@ def set_experts_implementation(model: Any, implementation: Any) -> None:
 
     Raises what ``PreTrainedModel.set_experts_implementation`` raises.
     """
-    for cls in {type(part) for part in model.modules() if isinstance(part, transformers.PreTrainedModel)}:
-        stock = next((base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")), None)
-        if stock is not None and stock._can_set_experts_implementation() and not cls._can_set_experts_implementation():
+    classes: set[Any] = {type(part) for part in model.modules() if isinstance(part, transformers.PreTrainedModel)}
+    for cls in classes:
+        stock: Any = next((base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")), cls)
+        if stock._can_set_experts_implementation() and not cls._can_set_experts_implementation():
             cls._can_set_experts_implementation_cached_value = True
     model.set_experts_implementation(implementation)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,19 +31,29 @@ from ..compressed.state import quantized_modules
 from ..errors import OptimError
 from ..lifecycle.stages import end_training
 from ..runs import training_watch
-from ..runs.masking import apply_masks
+from ..runs.masking import Masked, apply_masks
 from ..runs.run import Run, find_run, require_sound
+from ..runs.stored_zeros import known_zeros
 
 log = logging.getLogger(__name__)
 
 HOOK = "_hf_optim_mask_hook"
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """A model without a run, and the masks of the zeros that its checkpoint's record tells of."""
+
+    model: Any
+    masks: dict[str, Tensor]
+
+
 def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
-    """Merge the adapters into the model: peft's ``merge_and_unload``, with the masks of the run kept.
+    """Merge the adapters into the model: peft's ``merge_and_unload``, with the masks of pruned weights kept.
 
     A training stage whose adapters were trained is completed by this call, and the recipe continues. How much of the
-    adapters' update is outside the masks is logged, and noted on the record.
+    adapters' update is outside the masks is logged, and noted on the record. A pruned checkpoint that was loaded
+    without a recipe (also with ``optim_config="auto"``) has its masks from its record; merged and saved, it has none.
 
     Args:
         model: a ``PeftModel`` around an optimized model.
@@ -53,23 +64,32 @@ def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
 
     Raises ``OptimError`` if adapters are on quantized layers, or if this is not a ``PeftModel`` of an optimized model.
     """
-    run = find_run(model)
     merging: Any = getattr(model, "merge_and_unload", None)
-    if run is None or merging is None:
+    if merging is None:
         raise OptimError(f"merge_adapters takes a PeftModel around an optimized model, not a {type(model).__name__}")
-    require_sound(run)
-    _refuse_quantized(run)
-    lost = _share_outside(run)
-    layers = any(not hasattr(layer, "parameter_name") for layer in _masked_adapters(run).values())
+    held = _masked(model)
+    if isinstance(held, Run):
+        require_sound(held)
+    _refuse_quantized(held.model)
+    if not isinstance(held, Run) and not held.masks:
+        raise OptimError(
+            f"merge_adapters keeps the zeros of an optimized model, and of this {type(held.model).__name__} none are "
+            "known: it has no run, and no record of pruned weights beside its files. peft's merge_and_unload() merges "
+            "it"
+        )
+    lost = _share_outside(held)
+    layers = any(not hasattr(layer, "parameter_name") for layer in _masked_adapters(held).values())
     merging(**kwargs)
-    apply_masks(run)
+    apply_masks(held)
     if lost:
         sentence = f"merged adapters: {100 * lost:.1f} % of their update (squared) was outside the masks and is dropped"
-        run.record.note(sentence)
+        if isinstance(held, Run):
+            held.record.note(sentence)
         log.warning("%s%s", sentence, "; train under the masks with hf_optim.training.keep_masks(model)" * layers)
-    if run.stage is not None and run.stage.trains and run.stage_entered:
-        end_training(run)
-    return run.model
+    if isinstance(held, Run) and held.stage is not None and held.stage.trains and held.stage_entered:
+        end_training(held)
+    merged: PreTrainedModel = held.model
+    return merged
 
 
 def keep_masks(model: nn.Module) -> nn.Module:
@@ -77,16 +97,17 @@ def keep_masks(model: nn.Module) -> nn.Module:
 
     Call it on a ``PeftModel`` before training; ``merge_adapters`` is then exact up to rounding. It costs one dense
     product more for each masked layer with an adapter. An adapter trained this way belongs to its masks:
-    ``save_pretrained`` saves it as usual, but load it onto the pruned model with ``keep_masks``, too.
+    ``save_pretrained`` saves it as usual, but load it onto the pruned model with ``keep_masks``, too. The masks are
+    those of the model's run, or for a checkpoint that was loaded without a recipe those of its record.
 
     Returns the model. Raises ``OptimError`` if it has no masks, or adapters whose update is not one fixed matrix: other
     kinds than LoRA, its variants (DoRA), dropout inside, or adapters on stacked experts (``target_parameters``).
     """
-    run = find_run(model)
-    if run is None or not run.masks:
+    held = _masked(model)
+    if not held.masks:
         raise OptimError("keep_masks takes a PeftModel around a model that hf_optim pruned; this one has no masks")
-    training_watch.unwatch(run.model)
-    for parameter, layer in _masked_adapters(run).items():
+    training_watch.unwatch(held.model)
+    for parameter, layer in _masked_adapters(held).items():
         name = parameter.removesuffix(".weight")
         if hasattr(layer, "parameter_name"):
             raise OptimError(
@@ -101,11 +122,19 @@ def keep_masks(model: nn.Module) -> nn.Module:
                 "(LoraConfig(lora_dropout=0.0, use_dora=False))"
             )
         if not hasattr(layer, HOOK):
-            setattr(layer, HOOK, layer.register_forward_hook(_under_mask(run, parameter)))
+            setattr(layer, HOOK, layer.register_forward_hook(_under_mask(held, parameter)))
     return model
 
 
-def _under_mask(run: Run, parameter: str) -> Callable[..., Tensor]:
+def _masked(model: nn.Module) -> Run | Pruned:
+    """Return the run of a model, or the model inside of its adapters with the zeros that its checkpoint tells of."""
+    if (run := find_run(model)) is not None:
+        return run
+    inside: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return Pruned(inside, known_zeros(inside).masks)
+
+
+def _under_mask(run: Masked, parameter: str) -> Callable[..., Tensor]:
     def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if layer.disable_adapters or layer.merged:
             return output
@@ -120,7 +149,7 @@ def _under_mask(run: Run, parameter: str) -> Callable[..., Tensor]:
     return hook
 
 
-def _masked_adapters(run: Run) -> dict[str, Any]:
+def _masked_adapters(run: Masked) -> dict[str, Any]:
     """The adapter layers around weights that have a mask, by the name of the parameter before it was wrapped."""
     found = {}
     for name, module in run.model.named_modules():
@@ -135,7 +164,7 @@ def _masked_adapters(run: Run) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _share_outside(run: Run) -> float:
+def _share_outside(run: Masked) -> float:
     """The share of the adapters' update, by its square, that masks will remove; 0 if they learned under them."""
     total = outside = 0.0
     for parameter, layer in _masked_adapters(run).items():
@@ -149,8 +178,8 @@ def _share_outside(run: Run) -> float:
     return outside / total if total else 0.0
 
 
-def _refuse_quantized(run: Run) -> None:
-    inside = [name.removesuffix(".base_layer") for name in quantized_modules(run.model) if name.endswith(".base_layer")]
+def _refuse_quantized(model: nn.Module) -> None:
+    inside = [name.removesuffix(".base_layer") for name in quantized_modules(model) if name.endswith(".base_layer")]
     if inside:
         raise OptimError(
             f"{len(inside)} of the layers with adapters are quantized ({', '.join(inside[:3])}, ...): W + BA is not on "

@@ -172,5 +172,38 @@ def test_masks_on_the_parts_of_an_adapter_are_refused():
 def test_only_peft_models_of_a_run_merge():
     with pytest.raises(OptimError, match="not a LlamaForCausalLM"):
         merge_adapters(pruned())
-    with pytest.raises(OptimError, match="not a PeftModel"):
+    with pytest.raises(OptimError, match=r"of this LlamaForCausalLM none are known.*merge_and_unload\(\) merges it"):
         merge_adapters(lora(tiny_llama()))
+
+
+@pytest.mark.filterwarnings("ignore::hf_optim.compressed.packed.packed_linear.KernelWarning")
+@pytest.mark.parametrize("loading", [{}, {"optim_config": "auto"}], ids=["stock", "auto"])
+@pytest.mark.parametrize("builder", [tiny_llama, tiny_gpt2])
+def test_a_pruned_checkpoint_keeps_its_zeros_once_it_is_loaded(builder, loading, tmp_path):
+    steps = [{"technique": "nm"}] if builder is tiny_llama else [{"technique": "magnitude", "targets": ["*mlp*"]}]
+    hf_optim.optimize(builder(), steps).save_pretrained(tmp_path)
+    targets = TARGETS if builder is tiny_llama else ["c_fc", "c_proj"]
+    changes = {"target_modules": targets, "init_lora_weights": False, "fan_in_fan_out": builder is tiny_gpt2}
+
+    def loaded():
+        return lora(type(builder()).from_pretrained(tmp_path, **loading), **changes)
+
+    stored = {name: parameter == 0 for name, parameter in loaded().get_base_model().named_parameters()}
+    model = keep_masks(loaded())
+    expected = logits(model)
+    merged = merge_adapters(model)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    for held in (merged, merge_adapters(loaded())):
+        zeros = {name: parameter == 0 for name, parameter in held.named_parameters() if name.endswith("weight")}
+        former = {name.replace(".base_layer", ""): zero for name, zero in stored.items()}
+        assert all(bool(zero[former[name]].all()) for name, zero in zeros.items())
+        assert sum(int(former[name].sum()) for name in zeros) > 1000
+
+
+def test_adapters_on_a_compressed_checkpoint_that_runs_on_kernels_are_not_merged(tmp_path):
+    hf_optim.optimize(tiny_llama(), [{"technique": "nm"}, BITS8]).save_pretrained(tmp_path)
+    model = lora(type(tiny_llama()).from_pretrained(tmp_path, optim_config="auto"), init_lora_weights=False)
+    under = logits(keep_masks(model))
+    with pytest.raises(OptimError, match="of the layers with adapters are quantized"):
+        merge_adapters(model)
+    assert torch.equal(logits(model), under)
