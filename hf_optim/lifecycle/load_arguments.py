@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import DataConfig
@@ -57,6 +59,8 @@ def resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTr
     reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
     # A configuration has a dtype, too, and would keep that of the call, which may be "auto".
     dtypes = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+    if not kwargs.get("gguf_file"):
+        _require_config_file(source if given is None else given, kwargs.get("subfolder") or "")
     with config_errors(source, kwargs.get("subfolder") or ""):
         config, rest = reader.from_pretrained(
             given if given is not None else source, return_unused_kwargs=True, **kwargs
@@ -65,6 +69,16 @@ def resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTr
     require_bounded(config, source)
     # Both the configuration and the weights are looked up by these, and their code needs the same word.
     return config, {**{key: kwargs[key] for key in (*LOOKUP, "trust_remote_code") if key in kwargs}, **rest}
+
+
+def _require_config_file(source: Any, subfolder: str) -> None:
+    """Raise ``ModelError`` for a directory without a configuration: a class of transformers has defaults of its own."""
+    home = os.path.join(os.fspath(source), subfolder) if isinstance(source, (str, os.PathLike)) else ""
+    # What is wrong with a folder of an adapter is said of its files.
+    names = (CONFIG_NAME, "adapter_config.json")
+    if os.path.isdir(home) and not any(os.path.lexists(os.path.join(home, name)) for name in names):
+        with config_errors(source, subfolder):
+            raise OSError(f"{home} has no {CONFIG_NAME}")
 
 
 def given_experts(kwargs: Mapping[str, Any]) -> Any:

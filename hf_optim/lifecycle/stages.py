@@ -37,6 +37,7 @@ from ..recipes.field_checks import did_you_mean
 from ..recipes.technique import MARK, Technique
 from ..runs import training_watch
 from ..runs.acceptance import require_finite, require_model
+from ..runs.base_licence import licence_of
 from ..runs.claims import settle_reload, warn_unfulfilled
 from ..runs.coverage import note_left_alone, record_coverage, recount_zeros, require_effective
 from ..runs.memory import PeakMemory
@@ -111,6 +112,8 @@ def attach_model(
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    if licence := licence_of(source, revision):
+        run.record.base_model["license"] = licence
 
 
 # -- enter ------------------------------------------------------------------------------------------------------------

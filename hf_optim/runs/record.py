@@ -28,7 +28,7 @@ class Record:
 
     Attributes:
         recipe: the recipe as a mapping (``OptimConfig.to_dict()``).
-        base_model: ``{"id", "revision", "class", "parameters", "dtype"}``.
+        base_model: ``{"id", "revision", "class", "parameters", "dtype"}``, and ``license`` if its card names one.
         calibration: ``{"dataset", "split", "text_column", "samples", "seq_len", "tokens", "seed", "sha256"}``.
         stages: one mapping per stage: ``{"steps", "driver", "seconds", "peak_memory_bytes", "device"}``; that of a
             training also has ``data``, the name of what it read, if ``train_stage`` ran it.

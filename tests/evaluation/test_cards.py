@@ -286,6 +286,14 @@ def test_the_card_has_recipe_coverage_data_stages_limits_papers_and_versions():
     assert "on cpu with stock transformers" in text
 
 
+@pytest.mark.parametrize(("tokens", "words"), [(64, ("token ids", "text")), (None, ("pixels or features", "data"))])
+def test_calibration_data_is_called_what_it_is(tokens, words):
+    data = {"dataset": "batches in memory", "samples": 2, "sha256": "0", **({"tokens": tokens} if tokens else {})}
+    text = Card(record(calibration=data)).render()
+    assert f"The hash covers the model inputs ({words[0]}), in order." in text
+    assert f"{words[1]} of other kinds may lose more quality" in text
+
+
 def test_training_data_is_named_and_a_column_without_a_figure_left_out():
     trained = {
         "steps": ["card_test_grid"],

@@ -219,3 +219,11 @@ def test_a_pruned_float_model_is_not_told_that_its_kernels_are_missing(tmp_path,
     assert not caplog.records
     with pytest.warns(UserWarning, match="^these layers run on dense kernels, not on compressed ones: model.layers.0"):
         hf_optim.accelerate(model)
+
+
+@pytest.mark.parametrize("recipe", ["auto", [{"technique": "rtn"}]], ids=["auto", "recipe"])
+def test_a_folder_without_a_configuration_is_not_taken_for_a_default_one(recipe, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no model configuration at .*: it has no config\.json"):
+        LlamaForCausalLM.from_pretrained(tmp_path, optim_config=recipe)

@@ -302,8 +302,15 @@ def calibration(record: Record) -> str:
         ]
         for key, v in found
     ]
-    hashed = "The hash covers the model inputs (token ids), in order."
+    hashed = (
+        f"The hash covers the model inputs ({'token ids' if _is_text(record) else 'pixels or features'}), in order."
+    )
     return "\n\n".join(filter(None, (markdown_table(["", "value"], rows), hashed, trained)))
+
+
+def _is_text(record: Record) -> bool:
+    """Return True if a record says how many tokens the calibration data has."""
+    return is_number(record.calibration.get("tokens"))
 
 
 def data_title(record: Record) -> str:
@@ -353,7 +360,8 @@ def limits(result: Result) -> str:
     sentences: list[str] = [*map(sentence, record.notes), *claims_of(result, LIMITS)]
     if record.calibration.get("dataset"):
         sentences.append(
-            f"Calibrated on {plain(record.calibration['dataset'])}; text of other kinds may lose more quality."
+            f"Calibrated on {plain(record.calibration['dataset'])}; {'text' if _is_text(record) else 'data'} of other "
+            "kinds may lose more quality."
         )
     if has_hub_metrics(record.measured.get("after", {})):
         sentences.append(
