@@ -7,9 +7,14 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from imported_process import Begun, ImportedProcess
 from python_session import PythonSession
+
+if TYPE_CHECKING:
+    from hf_optim.testing.stock import StockTransformers
 
 pytest_plugins = ["compared_here", "compiled_dots", "cpu_budget", "many", "process_state", "two_runs"]
 
@@ -93,33 +98,44 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-@pytest.fixture(scope="session")
-def stock() -> Iterator[object]:
-    """Stock transformers, in one process per test process that cannot import hf_optim."""
-    from hf_optim.testing.stock import StockTransformers
-
-    with StockTransformers() as process:
-        yield process
-
-
 # What most copies import, so that they need not; techniques, kernels and models as they are needed.
 STOCK_IMPORTS = "import torch, compressed_tensors.compressors; from transformers import AutoModelForCausalLM, Trainer\n"
 IMPORTS = STOCK_IMPORTS + "import matplotlib.pyplot, hf_optim.cli.jobs.compress\n"
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonSession]:
-    """A process with hf_optim, one per test process: use ``command``, ``copy`` and ``ranks``."""
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImportedProcess]:
+    """A process with stock transformers, one per test process, of which the others begin as copies."""
     cache = {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
-    session = PythonSession(cache, IMPORTS)
+    process = ImportedProcess(STOCK_IMPORTS, cache)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def stock(imported: ImportedProcess) -> Iterator[StockTransformers]:
+    """Stock transformers, in one process per test process that cannot import hf_optim."""
+    from hf_optim.testing.stock import StockTransformers
+
+    class StockCopy(StockTransformers):
+        def start(self, code: str) -> Begun:
+            return imported.begin(code, {})
+
+    with StockCopy() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def python(imported: ImportedProcess) -> Iterator[PythonSession]:
+    """A process with hf_optim, one per test process: use ``command``, ``copy`` and ``ranks``."""
+    session = PythonSession({}, IMPORTS, imported=imported)
     yield session
     session.close()
 
 
 @pytest.fixture(scope="session")
-def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonSession]:
+def stock_python(imported: ImportedProcess) -> Iterator[PythonSession]:
     """A process that cannot import hf_optim, one per test process: use ``copy``."""
-    cache = {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
-    session = PythonSession(cache, STOCK_IMPORTS, stock=True)
+    session = PythonSession({}, stock=True, imported=imported)
     yield session
     session.close()

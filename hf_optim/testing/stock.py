@@ -96,14 +96,18 @@ class StockTransformers:
 
     def __enter__(self) -> StockTransformers:
         self._folder = tempfile.TemporaryDirectory()
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
+        self._child = self.start(_WORKER)
+        return self
+
+    def start(self, code: str) -> subprocess.Popen[str]:
+        """Start the child process, which executes ``code``, with pipes for standard input and output."""
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

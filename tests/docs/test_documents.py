@@ -50,7 +50,7 @@ def workplace(tmp_path, monkeypatch):
 def execute(line, folder, python):
     """Return exit status and output of a line of a shell. ``hf-optim`` runs in the session, which has imported it."""
     if line.startswith("hf-optim "):
-        done = python.command(shlex.split(line)[1:], folder=folder)
+        done = python.command(shlex.split(line)[1:], "import forked_children; forked_children.begin()", folder)
         return done.status, done.out + done.err
     # `make` would install everything: that the target exists is what can be shown here.
     command = line.replace("make ", f"make --dry-run -C {ROOT} ", 1) if line.startswith("make ") else line

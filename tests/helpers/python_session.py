@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imported_process import Begun, ImportedProcess
+
 WORKER = Path(__file__).with_name("session_worker.py")
 OURS = ("hf_optim", "hf_optim_plugins", "hf_optim_kernels", "hf_optim_generated")
 BLOCK = f"import sys; sys.modules.update(dict.fromkeys({OURS}))\n"
@@ -29,21 +31,32 @@ class Done(NamedTuple):
 class PythonSession:
     """A child process with the variables ``environment`` beside ours, one import for many calls.
 
-    It starts with the code ``begin`` and does not wait for it; with ``stock=True`` it cannot import hf_optim. ``run``
-    executes code in the session itself. All others take a forked copy of the session, which may change what it likes,
-    or be killed: nothing of it is left but the files that it wrote.
+    It starts with the code ``begin`` and does not wait for it; with ``stock=True`` it cannot import hf_optim. With
+    ``imported`` it begins as a copy of that process and has its imports. ``run`` executes code in the session itself.
+    All others take a forked copy of the session, which may change what it likes, or be killed: nothing of it is left
+    but the files that it wrote.
 
     A call that is interrupted, as by a test that runs out of time, ends the process with all of its copies, and another
     begins: a late answer would be taken for that of the next call.
     """
 
-    def __init__(self, environment: Mapping[str, str], begin: str = "", stock: bool = False) -> None:
-        self._words = [sys.executable, str(WORKER), (BLOCK if stock else "") + begin]
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        begin: str = "",
+        stock: bool = False,
+        imported: ImportedProcess | None = None,
+    ) -> None:
+        self._begin = (BLOCK if stock else "") + begin
+        self._words = [sys.executable, str(WORKER), self._begin]
         self._environment = {**os.environ, **environment}
+        self._imported = imported
         self._process = self._started()
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _started(self) -> subprocess.Popen[str] | Begun:
         """Return a new process, the leader of a group that its copies are in."""
+        if self._imported is not None:
+            return self._imported.begin(f"import session_worker; session_worker.start({self._begin!r})", {})
         return subprocess.Popen(
             self._words,
             stdin=subprocess.PIPE,

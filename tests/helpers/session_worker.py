@@ -117,10 +117,15 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         answers.flush()
 
 
-if __name__ == "__main__":
+def start(begin: str) -> None:
+    """Take the pipes of this process for requests and answers, execute ``begin``, and serve."""
     pipes = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what asks gets no request
     os.dup2(2, 1)  # what is printed is no answer
-    exec(sys.argv[1], names)
+    exec(begin, names)
     gc.freeze()  # copies share what has been imported
     serve(*pipes)
+
+
+if __name__ == "__main__":
+    start(sys.argv[1])
