@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from python_session import PythonSession
 if TYPE_CHECKING:
     from hf_optim.testing.stock import StockTransformers
 
-pytest_plugins = ["compared_here", "compiled_dots", "cpu_budget", "many", "process_state", "two_runs"]
+pytest_plugins = ["collecting", "compared_here", "compiled_dots", "cpu_budget", "many", "process_state", "two_runs"]
 
 # One thread a process: the suite runs in two processes, and threads that wait for each other cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,27 +27,28 @@ ROOT = Path(__file__).resolve().parent.parent
 HELPERS = ROOT / "tests" / "helpers"
 
 
-def pytest_collection_finish() -> None:
-    """Take what has been imported from the garbage collector: every training ends with a collection."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(autouse=True, scope="session")
+def structures_are_kept() -> None:
+    """Let the caches of structures keep those of all tests: many have the same tiny models."""
+    from hf_optim.compressed import quantizer, reload_check
+    from hf_optim.toolkit.topology import tracing
+
+    for cache in (tracing._cache, reload_check._problems, quantizer._fits):
+        cache.kept = 1000
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
-
-
-drawn: set[str] = set()
+drawn: set[tuple[str, bool]] = set()
 
 
 @pytest.fixture(autouse=True)
 def plots_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let cards draw a plot of layers once per title and process: drawing takes longer than a tiny model does."""
+    """Let cards draw a plot of layers once per metric and process: drawing takes longer than a tiny model does."""
     from hf_optim.evaluation.cards import card, plots
 
     def plot_once(values, metric, path, title):
-        if title not in drawn:
-            drawn.add(title)
+        kind = metric, len(values) <= plots.MAX_BARS
+        if kind not in drawn:
+            drawn.add(kind)
             return plot_layers(values, metric, path, title)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -119,7 +119,10 @@ def reload_problem(model: Any, layers: Mapping[str, Any], scheme: QuantizationSc
             checkpoint.
         scheme: how they are stored, with one scale for each channel.
     """
-    key = structure(model, {}, ())
+    # What a loaded model converts when it is saved is no part of a structure.
+    key = (
+        None if any(vars(module).get("_weight_conversions") for module in model.modules()) else structure(model, {}, ())
+    )
     if key is not None:
         key = key, tuple((name, type(layer)) for name, layer in layers.items()), scheme.model_dump_json()
     problem: str = _problems.get(key, lambda: _tried(model, layers, scheme))

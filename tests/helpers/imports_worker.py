@@ -9,6 +9,7 @@ process has as standard input and output. The answer is the id of the process, w
 from __future__ import annotations
 
 import array
+import gc
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ import sys
 import traceback
 
 from forks import fork
+
+THRESHOLD = 50_000  # of the garbage collector, as in ``collecting``
 
 
 def begin(request: dict[str, object], stdin: int, stdout: int) -> None:
@@ -54,5 +57,9 @@ def serve(asked: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()
     exec(sys.argv[2], {"__name__": "imports"})
+    gc.enable()
+    gc.freeze()  # nor does the collector walk in each process what all have imported
+    gc.set_threshold(THRESHOLD, *gc.get_threshold()[1:])
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import weakref
@@ -13,6 +14,8 @@ from tiny_models import TINY, tiny_llama
 from torch import nn
 
 from hf_optim.toolkit import topology
+from hf_optim.toolkit.modules.thread_values import ThreadValue
+from hf_optim.toolkit.modules.tied_blocks import Passage
 from hf_optim.toolkit.topology import tracing
 from hf_optim.toolkit.topology.trace_cache import KEPT, StructureCache, structure
 
@@ -110,6 +113,55 @@ def test_what_cannot_be_compared_is_traced_each_time(value, recorded):
     topology.trace(model)
     topology.trace(model)
     assert len(recorded) == 2
+
+
+def test_a_loaded_model_has_the_trace_of_the_one_that_was_saved(recorded, tmp_path):
+    model = TINY["mixtral"]()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert again._weight_conversions
+    for each in (again, type(model).from_pretrained(tmp_path).eval()):
+        topology.trace(each)
+    assert len(recorded) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    rounds: int
+    parts: tuple = ()
+
+
+@dataclasses.dataclass
+class Changing:
+    rounds: int
+
+
+def kept(value):
+    """Return the structure of a model with one more attribute."""
+    model = tiny_llama()
+    model.model.layers[1].extra = value
+    return structure_of(model)
+
+
+def test_frozen_dataclasses_are_compared_by_their_fields():
+    nested = Scheme(1, (Scheme(2),))
+    assert None is not kept(nested) == kept(Scheme(1, (Scheme(2),)))
+    assert kept(nested) != kept(Scheme(1, (Scheme(3),)))
+    assert kept(Scheme(1)) != kept(Scheme(True))
+    assert kept(Changing(1)) is None
+    assert kept(Scheme(1, (torch.ones(1),))) is None, "a fake copy has the tensor itself"
+
+
+def test_what_a_forward_notes_is_compared_between_forwards():
+    passage, value = Passage(), ThreadValue()
+    assert None is not kept(passage) == kept(Passage())
+    passage.noted = True
+    assert kept(passage) != kept(Passage())
+    passage.begin(torch.ones(1, 2), None, None)
+    assert kept(passage) is None
+    assert None is not kept(value) == kept(ThreadValue())
+    value.leave(torch.ones(1))
+    assert kept(value) is None
 
 
 def test_a_function_that_closes_over_something_cannot_be_compared():

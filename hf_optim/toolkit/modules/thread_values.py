@@ -32,6 +32,8 @@ class ThreadValue:
         """Return True if no thread has left anything."""
         return not self._by_thread
 
+    is_bookkeeping = property(is_empty)  # between forwards (``topology.trace_cache``)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_by_thread": {}}
 

@@ -91,6 +91,8 @@ class Passage:
         noted: a forward of the model is under way; False if its layers are called by themselves.
     """
 
+    compares_attributes = True  # between forwards, what the model's settings say of it (``topology.trace_cache``)
+
     def __init__(self) -> None:
         self.begin(None, None, None)
 

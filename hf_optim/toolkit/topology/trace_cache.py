@@ -2,7 +2,8 @@
 
 What a fake forward does follows from classes, shapes, dtypes and settings, not from weights (``fake_model``). The
 structure of a model is all of this, attribute by attribute. A model that has an attribute whose whole content is not
-compared here has no structure, and is traced each time.
+compared here has no structure, and is traced each time. A class of ours says of its objects that no forward depends on
+them (``is_bookkeeping``), or that their attributes are all that one depends on (``compares_attributes``).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..distributed.tensor_parts import kept_hooks
 
 KEPT = 16
-"""Number of results that a cache keeps."""
+"""Number of results that a cache keeps by default."""
 
 BY_VALUE = frozenset(
     {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size}
 )
 """Types whose objects cannot change."""
-WITHOUT_EFFECT = frozenset({"_name_or_path", "name_or_path", "_commit_hash", "forward"})
+WITHOUT_EFFECT = frozenset({"_name_or_path", "name_or_path", "_commit_hash", "_weight_conversions", "forward"})
 """Attributes that no forward reads, and the one that a fake copy leaves out."""
 
 
@@ -46,9 +47,10 @@ def structure(model: nn.Module, inputs: Mapping[str, Any], args: tuple[Any, ...]
 
 
 class StructureCache:
-    """The last ``KEPT`` results by structure. A result must not refer to the model that it was computed for."""
+    """The last ``kept`` results by structure. A result must not refer to the model that it was computed for."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = KEPT) -> None:
+        self.kept = kept
         self._results: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -62,7 +64,7 @@ class StructureCache:
         if key is not None:
             with self._lock:
                 self._results[key] = result
-                while len(self._results) > KEPT:
+                while len(self._results) > self.kept:
                     self._results.popitem(last=False)
         return result
 
@@ -96,7 +98,7 @@ class _Structure:
             return self._once(value) or (type(value), self._attributes(value))
         if hasattr(type(value), "__pydantic_fields__"):  # the schemes of compressed-tensors
             return type(value), self.of(vars(value))
-        if getattr(type(value), "is_bookkeeping", False):
+        if getattr(type(value), "is_bookkeeping", False) and value.is_bookkeeping:  # or a property
             return (type(value),)
         return self._fixed(value)
 
@@ -123,7 +125,15 @@ class _Structure:
             return type(value), value  # 1, 1.0 and True are equal
         if type(value) is tuple:
             return tuple(map(_Structure._fixed, value))
+        if _is_plain(value):
+            return type(value), tuple((name, _Structure._fixed(item)) for name, item in vars(value).items())
         raise NoStructureError(type(value).__name__)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return True for a frozen dataclass, and for a class that says that a forward reads its attributes alone."""
+    settled = getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False)
+    return hasattr(value, "__dict__") and (settled or getattr(type(value), "compares_attributes", False))
 
 
 def _is_stateless(value: Any) -> bool:

@@ -18,6 +18,8 @@ import torch
 class Recomputed:
     """Values of the last ``most`` forwards in training."""
 
+    is_bookkeeping = True  # no forward depends on it, but the one that a backward repeats (``topology.trace_cache``)
+
     def __init__(self, most: int) -> None:
         self.most = most
         self._values: dict[int, Any] = {}
