@@ -47,10 +47,14 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def execute(line, folder, python):
-    """Return exit status and output of a line of a shell. ``hf-optim`` runs in the session, which has imported it."""
+def execute(line, folder, python, copies):
+    """Return exit status and output of a line of a shell. ``hf-optim`` runs in the session, which has imported it.
+
+    With ``copies``, so do the processes that it starts.
+    """
     if line.startswith("hf-optim "):
-        done = python.command(shlex.split(line)[1:], "import forked_children; forked_children.begin()", folder)
+        before = "import forked_children; forked_children.begin()" if copies else ""
+        done = python.command(shlex.split(line)[1:], before, folder)
         return done.status, done.out + done.err
     # `make` would install everything: that the target exists is what can be shown here.
     command = line.replace("make ", f"make --dry-run -C {ROOT} ", 1) if line.startswith("make ") else line
@@ -78,7 +82,7 @@ def test_every_snippet_runs(page, workplace, monkeypatch, python):
             OptimConfig.parse(workplace / "snippet.yaml").check()
         elif language == "sh":
             for line in filter(None, (line.split("  #")[0].strip() for line in text.splitlines())):
-                status, output = execute(line, workplace, python)
+                status, output = execute(line, workplace, python, copies=page.name == "README.md")
                 assert status == 0, f"{line}\n{output}"
         else:
             assert language in ("text", "toml"), f"{page.name}: a fenced block of {language or 'no language'}"

@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 MIXTURE = re.compile(r"^class \w*(?:Experts|Router|TopKGating|NaiveMoe|CDMoE|MoE|Moe)\w*\(", re.MULTILINE)
 HEADS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "TOKEN_CLASSIFICATION", "BACKBONE")
@@ -114,13 +115,15 @@ def classes() -> dict[str, tuple[str, str]]:
     """
     found = {}
     for kind in CONFIG_MAPPING:
-        package = next((part for part in CONFIG_MAPPING[kind].__module__.split(".") if part in packages()), None)
+        package = model_type_to_module_name(kind)
+        if package not in packages():  # its configuration need not be imported
+            continue
         composed = "text_config" in getattr(CONFIG_MAPPING[kind], "sub_configs", {})
-        for head in HEADS if package else ():
+        for head in HEADS:
             names = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES", {})
             if kind in names and not (composed and head == "CAUSAL_LM"):
                 name = names[kind] if isinstance(names[kind], str) else names[kind][0]
-                found[kind] = (str(package), name)
+                found[kind] = (package, name)
                 break
     return found
 
