@@ -62,13 +62,16 @@ def execute(line, folder, python, copies):
     return done.returncode, done.stdout
 
 
-@pytest.mark.timeout(900)  # README.md takes 40 seconds alone, and several times that beside other work
+@pytest.mark.timeout(900)  # README.md takes 40 seconds in its own processes, and several times that beside other work
 @pytest.mark.parametrize(
-    "page",
-    [page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.many) for page in PAGES],
-    ids=lambda p: p.name,
+    ("page", "copies"),
+    [
+        pytest.param(PAGES[0], True, id="README.md"),
+        pytest.param(PAGES[0], False, id="README.md in processes of its own", marks=pytest.mark.slow),
+        *(pytest.param(page, False, id=page.name, marks=pytest.mark.many) for page in PAGES[1:]),
+    ],
 )
-def test_every_snippet_runs(page, workplace, monkeypatch, python):
+def test_every_snippet_runs(page, copies, workplace, monkeypatch, python):
     module = types.ModuleType("snippet")  # classes look their module up by name
     monkeypatch.setitem(sys.modules, "snippet", module)
     for language, text in snippets(page):
@@ -82,7 +85,7 @@ def test_every_snippet_runs(page, workplace, monkeypatch, python):
             OptimConfig.parse(workplace / "snippet.yaml").check()
         elif language == "sh":
             for line in filter(None, (line.split("  #")[0].strip() for line in text.splitlines())):
-                status, output = execute(line, workplace, python, copies=page.name == "README.md")
+                status, output = execute(line, workplace, python, copies)
                 assert status == 0, f"{line}\n{output}"
         else:
             assert language in ("text", "toml"), f"{page.name}: a fenced block of {language or 'no language'}"
