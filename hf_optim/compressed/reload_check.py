@@ -119,7 +119,7 @@ def reload_problem(model: Any, layers: Mapping[str, Any], scheme: QuantizationSc
             checkpoint.
         scheme: how they are stored, with one scale for each channel.
     """
-    # What a loaded model converts when it is saved is no part of a structure.
+    # A structure leaves out what a loaded model converts when it is saved.
     key = (
         None if any(vars(module).get("_weight_conversions") for module in model.modules()) else structure(model, {}, ())
     )
