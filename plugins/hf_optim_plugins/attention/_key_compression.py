@@ -101,7 +101,7 @@ class Held:
             valid: bool ``[B, N]``, False for padding, which is left out; None if there is none.
             counts: tokens of each row without padding.
         """
-        raw_key, raw_value = _behind(self.raw_key, key), _behind(self.raw_value, value)
+        raw_key, raw_value = _appended(self.raw_key, key), _appended(self.raw_value, value)
         tokens = tuple(old + new for old, new in zip(self.tokens, counts, strict=True))
         if valid is not None or not self.even:
             new = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device) if valid is None else valid
@@ -119,7 +119,7 @@ class Held:
             return self
         raw = [part[:, :, : max(new) * self.stride] for part in (self.raw_key, self.raw_value)]
         made = [convolution(part) for convolution, part in zip((compression.key, compression.value), raw, strict=True)]
-        both = [_behind(self.key, made[0]), _behind(self.value, made[1])]
+        both = [_appended(self.key, made[0]), _appended(self.value, made[1])]
         if not self.even:
             both = _moved(both, torch.cat([_below(self.windows, self.key), _below(new, made[0])], 1), max(due))
         return replace(self, key=both[0], value=both[1], windows=due)
@@ -153,7 +153,7 @@ class Held:
         return replace(self, key=key, value=value, raw_key=raw_key, raw_value=raw_value)
 
 
-def _behind(before: Tensor, after: Tensor) -> Tensor:
+def _appended(before: Tensor, after: Tensor) -> Tensor:
     """Return ``after`` behind ``before``, along the tokens of both; without a copy if there are none before."""
     return torch.cat([before, after], 2) if before.shape[2] else after
 
