@@ -28,8 +28,6 @@ WAYS: dict[str, tuple[str, ...]] = {
     "off": (),
     "products": ("products",),
     "joined": ("products", "gates", "joined"),
-    "sums": ("products", "gates", "joined", "sums"),
-    "all": ("products", "gates", "joined", "sums", "norms"),
     # No parts of the others: the choice of experts in one launch (``generation.choices``), and attention that begins
     # before the launch before it has ended (``decode_attention.launch.AHEAD``).
     "choices": ("products", "gates", "joined", "choices"),
@@ -38,15 +36,15 @@ WAYS: dict[str, tuple[str, ...]] = {
 # Prompt and new tokens.
 MODELS = {"dense": (128, 128), "long": (30_000, 128), "mixture": (128, 128)}
 FIRST = 8
-# Rows of the weights of a launch, columns, and what else is in it.
+# Rows of the weights of a launch, columns, and whether an activation is in it.
 LAUNCHES: dict[str, tuple[tuple[int, ...], int, tuple[str, ...]]] = {
-    "llama qkv": ((4096, 1024, 1024), 4096, ("norm",)),
-    "llama o": ((4096,), 4096, ("sum",)),
-    "llama gate, up": ((14336, 14336), 4096, ("act", "norm")),
-    "llama down": ((4096,), 14336, ("sum",)),
+    "llama qkv": ((4096, 1024, 1024), 4096, ()),
+    "llama o": ((4096,), 4096, ()),
+    "llama gate, up": ((14336, 14336), 4096, ("act",)),
+    "llama down": ((4096,), 14336, ()),
     "llama head": ((128256,), 4096, ()),
-    "qwen3 qkv": ((4096, 512, 512), 2048, ("norm",)),
-    "qwen3 o": ((2048,), 4096, ("sum",)),
+    "qwen3 qkv": ((4096, 512, 512), 2048, ()),
+    "qwen3 o": ((2048,), 4096, ()),
     "qwen3 router": ((128,), 2048, ()),
     "qwen3 head": ((151936,), 2048, ()),
 }
@@ -61,18 +59,15 @@ def calls_of(name: str, config: dict[str, Any] | None, more: tuple[str, ...], co
 
     from hf_optim_kernels.dense_row import launch
 
-    sizes, K, _ = LAUNCHES[name]
-    made = {"device": copies[0][0].device, "dtype": torch.bfloat16}
-    x, scale, residual = torch.randn(K, **made), torch.ones(K, **made), torch.randn(sizes[0], **made)
+    x = torch.randn(LAUNCHES[name][1], device=copies[0][0].device, dtype=torch.bfloat16)
 
     def library(weights: tuple[Any, ...]) -> Any:
         return [F.linear(x[None], weight) for weight in weights]
 
     if config is None:
         return [partial(library, weights) for weights in copies]
-    given = {"act": 0 if "act" in more else -1, "scale": scale if "norm" in more else None}
-    given |= {"epsilon": 1e-6, "residual": residual if "sum" in more else None, "config": config}
-    return [partial(launch.dense_rows, x, weights, **given) for weights in copies]
+    act = 0 if "act" in more else -1
+    return [partial(launch.dense_rows, x, weights, act=act, config=config) for weights in copies]
 
 
 def copies_for(name: str, count: int | None = None) -> Any:
@@ -88,18 +83,16 @@ def copies_for(name: str, count: int | None = None) -> Any:
 
 
 def trials(name: str) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Return configurations of a launch with what is in it: all of one kind, then the default of others, and again."""
+    """Return configurations of a launch with what is in it, then the default without an activation, and again."""
     from hf_optim_kernels.dense_row import launch
 
-    sizes, K, more = LAUNCHES[name]
-    act = ("act",) if "act" in more else ()
+    sizes, K, act = LAUNCHES[name]
     about = (K, 1 + len(act), sum(sizes))
     first = launch.default(*about)
     strided = [{**first, "strided": True, "programs": programs} for programs in (2, 3, 4)]
     found = [(config, act) for config in (*launch.candidates(*about), *strided)]
-    others = [(*act, *(each for each in more if each != "act"))] if set(more) - {"act"} else []
-    others += [()] if act else []
-    return [*found, *((first, each) for each in others), (first, act)]  # the default again: the noise
+    without: list[tuple[str, ...]] = [()] if act else []
+    return [*found, *((first, each) for each in without), (first, act)]  # the default again: the noise
 
 
 def compile_launches(index: int, count: int) -> None:
@@ -217,7 +210,7 @@ class Ways:
 
         import hf_optim
         from hf_optim.generation import capture, choices, one_row, sessions
-        from hf_optim_kernels.decode_attention import launch
+        from hf_optim_kernels.decode_attention import launch as attention
 
         clock = Clock()
         held = [sessions._MODELS, capture._COMPILED]
@@ -226,7 +219,7 @@ class Ways:
             if own is not None:
                 table[self.model] = own
         one_row.USED = frozenset(WAYS[way]) & frozenset(one_row.PARTS)
-        choices.ENABLED, launch.AHEAD = "choices" in WAYS[way], "ahead" in WAYS[way]
+        choices.ENABLED, attention.AHEAD = "choices" in WAYS[way], "ahead" in WAYS[way]
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error", hf_optim.GenerationWarning)
             self.tokens[way] = hf_optim.generate(
@@ -381,7 +374,12 @@ def main() -> None:
                 timed[:3],
                 flush=True,
             )
-            print("   with more:", [each for each in row["configs"] if each[1] != default[1]], wrong[:1], flush=True)
+            print(
+                "   without activation:",
+                [each for each in row["configs"] if each[1] != default[1]],
+                wrong[:1],
+                flush=True,
+            )
     keep()
     print(f"done after {time.monotonic() - began:.0f} s")
 

@@ -32,7 +32,7 @@ def on_one_row(kind: Any, act: int, kernel: Any) -> type[nn.Module]:
         if x.numel() != gate.in_features or x.dtype != gate.weight.dtype:
             return kind.forward(self, x)
         biases = [] if gate.bias is None else [gate.bias, up.bias]
-        (row,) = kernel.dense_rows(x, [gate.weight, up.weight], biases, act, None, 0.0, None)
+        (row,) = kernel.dense_rows(x, [gate.weight, up.weight], biases, act)
         return self.down_proj(row)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from .gated_layers import activation_of, on_one_row
 
 KERNEL = "hf_optim_kernels.dense_row.op"
-PRODUCTS, GATES, JOINED, SUMS, NORMS = PARTS = ("products", "gates", "joined", "sums", "norms")
+PRODUCTS, GATES, JOINED = PARTS = ("products", "gates", "joined")
 """What a launch computes: the product of a layer; a gate, its values and their activation; layers that read the same
-row; the sum with the residual stream behind a layer; the norm before it. The last three in compiled steps alone."""
-# Which parts captured steps use; the others need the first. Norms in the launch make a step slower on an H200.
+row, in compiled steps alone."""
+# Which parts captured steps use; the others need the first.
 USED: frozenset[str] = frozenset({PRODUCTS, GATES, JOINED})
 # The GPUs that it was written for.
 CAPABILITY = (9, 0)

@@ -41,14 +41,14 @@ def test_products(device, shape, dtype, biased):
 
 
 def several(dtype, device, count=3, K=72):
-    """Return a row, weights of different sizes and their biases, a norm's scale and a residual of the first."""
+    """Return a row, weights of different sizes and their biases."""
     random = torch.Generator().manual_seed(count)
     sizes = (37, 8, 21)[:count]
-    parts = [torch.randn(size, generator=random) for size in ((1, 1, K), (K,), (1, 1, sizes[0]))]
+    parts = [torch.randn(1, 1, K, generator=random)]
     parts += [torch.randn(size, K, generator=random) for size in sizes]
     parts += [torch.randn(size, generator=random) for size in sizes]
-    x, scale, residual, *rest = (part.to(device, dtype) for part in parts)
-    return x, rest[:count], rest[count:], scale, residual
+    x, *rest = (part.to(device, dtype) for part in parts)
+    return x, rest[:count], rest[count:]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -56,8 +56,8 @@ def several(dtype, device, count=3, K=72):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("device", EVERYWHERE)
 def test_weights_of_one_launch(device, count, dtype, biased):
-    x, weights, biases, *_ = several(dtype, device, count)
-    found = op.dense_rows(x, weights, biases if biased else [], -1, None, 0.0, None)
+    x, weights, biases = several(dtype, device, count)
+    found = op.dense_rows(x, weights, biases if biased else [], -1)
     assert len(found) == count
     for row, weight, bias in zip(found, weights, biases, strict=True):
         expected = x.double() @ weight.double().T + (bias.double() if biased else 0)
@@ -75,35 +75,21 @@ ACTS = {
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("device", EVERYWHERE)
 def test_a_gate_and_its_values(device, act, biased):
-    x, (gate, *_), (bias, *_), *_ = several(torch.float16, device, 1)
+    x, (gate, *_), (bias, *_) = several(torch.float16, device, 1)
     x, up, up_bias = x / 8, gate.flip(0).contiguous(), bias.flip(0).contiguous()
     number, function = ACTS[act]
-    found = op.dense_rows(x, [gate, up], [bias, up_bias] if biased else [], number, None, 0.0, None)
+    found = op.dense_rows(x, [gate, up], [bias, up_bias] if biased else [], number)
     first, values = (x.double() @ w.double().T + biased * b.double() for w, b in ((gate, bias), (up, up_bias)))
     assert len(found) == 1
     # The gate, its values, the activation and the product are rounded, as by layers one by one.
     assert relative(found[0], function(first) * values) < 2 * BOUND[torch.float16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("device", EVERYWHERE)
-def test_a_norm_before_and_a_sum_behind(device, dtype):
-    x, weights, _, scale, residual = several(dtype, device)
-    normed = F.rms_norm(x.double(), (72,), scale.double(), 1e-2)
-    for row, weight in zip(op.dense_rows(x, weights, [], -1, scale, 1e-2, None), weights, strict=True):
-        assert relative(row, normed @ weight.double().T) < 2 * BOUND[dtype]
-    (found,) = op.dense_rows(x, weights[:1], [], -1, None, 0.0, residual)
-    assert relative(found, x.double() @ weights[0].double().T + residual.double()) < BOUND[dtype] * 2
-    gated = op.dense_rows(x, [weights[0], -weights[0]], [], 3, scale, 1e-2, residual)
-    first = normed @ weights[0].double().T
-    assert relative(gated[0], -first.relu() * first + residual.double()) < 3 * BOUND[dtype]
-
-
 @on_triton
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize(("programs", "rows"), [(1, 1), (2, 4), (3, 2), (5, 4)])
 def test_blocks_of_rows_end_with_their_weight(device, programs, rows, strided):
-    x, weights, biases, *_ = several(torch.float16, device)
+    x, weights, biases = several(torch.float16, device)
     config = {**launch.default(72), "programs": programs, "rows": rows, "strided": strided}
     expected = naive.dense_rows(x.reshape(-1), weights, biases)
     for row, right in zip(launch.dense_rows(x.reshape(-1), weights, biases, config=config), expected, strict=True):
@@ -170,21 +156,19 @@ def test_more_rows_than_one_are_refused():
 
 
 def test_weights_that_are_not_those_of_a_launch_are_refused():
-    x, weights, biases, _, residual = several(torch.float16, "cpu")
-    for given in ([*weights, weights[0]], [], -1, None), (weights, biases[:2], -1, None), (weights[:1], [], 0, None):
+    x, weights, biases = several(torch.float16, "cpu")
+    for given in ([*weights, weights[0]], [], -1), (weights, biases[:2], -1), (weights[:1], [], 0), (weights, [], 0):
         with pytest.raises(ValueError, match="not those of one launch"):
-            op.dense_rows(x, *given[:3], None, 0.0, given[3])
-    with pytest.raises(ValueError, match="not those of one launch"):
-        op.dense_rows(x, weights, [], -1, None, 0.0, residual)
+            op.dense_rows(x, *given)
 
 
 def test_the_operators_can_be_traced():
     x, weight, bias = tensors("even", torch.float16, "cpu")
     only = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(op.dense_row, (x, weight, bias), **only)
-    x, weights, biases, scale, residual = several(torch.float16, "cpu")
-    torch.library.opcheck(op.dense_rows, (x, weights, biases, -1, scale, 1e-6, None), **only)
-    torch.library.opcheck(op.dense_rows, (x, [weights[0]] * 2, [], 0, None, 0.0, residual), **only)
+    x, weights, biases = several(torch.float16, "cpu")
+    torch.library.opcheck(op.dense_rows, (x, weights, biases, -1), **only)
+    torch.library.opcheck(op.dense_rows, (x, [weights[0]] * 2, [], 0), **only)
 
 
 def test_rows_beyond_one_are_timed_with_the_library_alone(monkeypatch):

@@ -4,7 +4,7 @@ A product of one row is a read of the weight. A library's kernel reaches 54 to 9
 H200, least with small layers: its last round of programs is not full, and each launch begins with empty queues of
 loads. Here all programs run at once and divide the rows evenly, loads of the next rows are always under
 way, and the first ones are fetched into the L2 cache while the launch before still runs. Layers that read the same row
-share a launch; what a block computes before and behind them is little, and each program does it for itself.
+share a launch.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from ..experts.activation import activate
 
 @triton.jit
 def _dense_row_kernel(
-    x, scale, residual, w0, w1, w2, b0, b1, b2, out0, out1, out2, N0, N1, N2, K, epsilon,
+    x, w0, w1, w2, b0, b1, b2, out0, out1, out2, N0, N1, N2, K,
     BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr, COUNT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, STRIDED: tl.constexpr,
-    LINES: tl.constexpr, EARLY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, STRIDED: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute out_i [N_i] = W_i [N_i, K] x [K] (+ b_i [N_i]); programs share blocks of ``ROWS`` rows of the weights.
 
     ``BLOCK_K`` is K or the next power of two; FULL: it is K. COUNT: weights, 1 to 3. ACT: of -1, none; else W_0 and W_1
-    are a gate and its values, and out_0 = act(W_0 x) * (W_1 x). NORMED: x is first divided by its root mean square and
-    multiplied with ``scale`` [K]. ADDED: ``residual`` [N_0] is added to out_0. STRIDED: programs read one block each,
-    then the next ones; else each has blocks that follow each other. LINES: lines of the cache that a program fetches
-    before it waits for the launch before. EARLY: it begins while that one still runs, and lets the next one do so.
-    Numbers are rounded where PyTorch's operators round them.
+    are a gate and its values, and out_0 = act(W_0 x) * (W_1 x). STRIDED: programs read one block each, then the next
+    ones; else each has blocks that follow each other. LINES: lines of the cache that a program fetches before it waits
+    for the launch before. EARLY: it begins while that one still runs, and lets the next one do so. Numbers are rounded
+    where PyTorch's operators round them.
     """
     dtype = w0.dtype.element_ty
     piece, pieces = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -72,10 +70,6 @@ def _dense_row_kernel(
                 fetch(w1 + ahead)
         tl.extra.cuda.gdc_wait()
     row = tl.load(x + k, mask=in_row, other=0.0)
-    if NORMED:
-        wide = row.to(tl.float32)
-        wide = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / K + epsilon)).to(dtype).to(tl.float32)
-        row = (wide * tl.load(scale + k, mask=in_row, other=0.0).to(tl.float32)).to(dtype)
     for unit in tl.range(first, last, step, num_stages=STAGES):
         weight, bias, out, N, block = w0, b0, out0, N0, unit
         if ACT < 0:
@@ -99,6 +93,4 @@ def _dense_row_kernel(
             if HAS_BIAS:
                 up += tl.load(b1 + n, mask=n < N, other=0.0).to(tl.float32)
             y = activate(y.to(dtype).to(tl.float32), 1.0, ACT).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
-        if ADDED:
-            y = y.to(dtype).to(tl.float32) + tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(out + n, y.to(dtype), mask=n < N)

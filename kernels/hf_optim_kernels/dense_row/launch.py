@@ -84,9 +84,6 @@ def dense_rows(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] = (),
     act: int = NO_ACT,
-    scale: Tensor | None = None,
-    epsilon: float = 0.0,
-    residual: Tensor | None = None,
     config: Config | None = None,
 ) -> list[Tensor]:
     """Return ``naive.dense_rows``: vectors and the weights' rows contiguous; results [N_i]."""
@@ -101,13 +98,12 @@ def dense_rows(
     early = begins_early(x)
     constants = {
         "BLOCK_K": block, "ROWS": config["rows"], "STAGES": config["stages"], "FULL": block == K,
-        "COUNT": len(weights), "HAS_BIAS": len(biases) > 0, "ACT": act, "NORMED": scale is not None,
-        "ADDED": residual is not None, "STRIDED": config["strided"],
+        "COUNT": len(weights), "HAS_BIAS": len(biases) > 0, "ACT": act, "STRIDED": config["strided"],
         "LINES": config["lines"] if early else 0, "EARLY": early,
     }  # fmt: skip
     processors = _processors(x.device.index) if x.is_cuda else 2
     units = sum(triton.cdiv(len(each), config["rows"]) for each in out)
-    given = [x, x if scale is None else scale, x if residual is None else residual]
+    given = [x]
     for several in (weights, biases or [x], out):
         given += [*several, *[several[0]] * (MOST_WEIGHTS - len(several))]
     numbers = (*sizes, *sizes[:1] * (MOST_WEIGHTS - len(sizes)), K)
@@ -116,7 +112,7 @@ def dense_rows(
         *constants.values(), config["warps"],
     )  # fmt: skip
     launch(
-        _dense_row_kernel, (min(units, config["programs"] * processors), 1, 1), (*given, *numbers, epsilon), constants,
+        _dense_row_kernel, (min(units, config["programs"] * processors), 1, 1), (*given, *numbers), constants,
         num_warps=config["warps"], num_stages=1, key=key, early=early,
     )  # fmt: skip
     return out

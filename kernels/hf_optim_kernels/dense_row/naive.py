@@ -28,15 +28,7 @@ def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out + bias.to(wide)).to(x.dtype)
 
 
-def dense_rows(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] = (),
-    act: int = NO_ACT,
-    scale: Tensor | None = None,
-    epsilon: float = 0.0,
-    residual: Tensor | None = None,
-) -> list[Tensor]:
+def dense_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), act: int = NO_ACT) -> list[Tensor]:
     """Return the products of one row with several weights, rounded to the dtype of ``x`` as layers one by one are.
 
     Args:
@@ -44,18 +36,11 @@ def dense_rows(
         weights: ``[N_i, K]``, up to three.
         biases: ``[N_i]`` of each, or none.
         act: an activation: ``weights`` are a gate and its values, and the result is one row, ``act(gate) * values``.
-        scale: ``[K]`` multiplies the row, divided by its root mean square before; None: the row is taken as it is.
-        epsilon: is added to the mean square.
-        residual: ``[..., N_0]`` is added to the result, of which there is one.
     """
-    wide = _wide(x)
-    if scale is not None:
-        mean = x.to(wide).square().mean(dim=-1, keepdim=True)
-        x = (x.to(wide) * torch.rsqrt(mean + epsilon)).to(x.dtype) * scale
     rows = [dense_row(x, weight, biases[at] if biases else None) for at, weight in enumerate(weights)]
     if act != NO_ACT:
-        rows = [activate(rows[0].to(wide), act).to(x.dtype) * rows[1]]
-    return rows if residual is None else [rows[0] + residual]
+        rows = [activate(rows[0].to(_wide(x)), act).to(x.dtype) * rows[1]]
+    return rows
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -50,34 +50,25 @@ def _(x, weight, bias) -> Tensor:
 
 
 @torch.library.custom_op("hf_optim::dense_rows", mutates_args=())
-def dense_rows(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    act: int,
-    scale: Tensor | None,
-    epsilon: float,
-    residual: Tensor | None,
-) -> list[Tensor]:
+def dense_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], act: int) -> list[Tensor]:
     """Return ``naive.dense_rows`` in one launch: each result ``[..., N_i]`` of one row ``x [..., K]``.
 
     Raises ``ValueError`` for another shape, or for a number of weights that a launch does not have.
     """
     _require_row(x, weights[0])
-    wanted = (2,) if act != NO_ACT else (1,) if residual is not None else range(1, MOST_WEIGHTS + 1)
+    wanted = (2,) if act != NO_ACT else range(1, MOST_WEIGHTS + 1)
     if len(weights) not in wanted or len(biases) not in (0, len(weights)):
         raise ValueError(f"{len(weights)} weights and {len(biases)} biases are not those of one launch")
     if not can_run_triton(x):
-        return naive.dense_rows(x, weights, biases, act, scale, epsilon, residual)
+        return naive.dense_rows(x, weights, biases, act)
     from . import launch
 
-    more = None if residual is None else _flat(residual)
-    rows = launch.dense_rows(_flat(x), weights, biases, act, scale, epsilon, more)
+    rows = launch.dense_rows(_flat(x), weights, biases, act)
     return [row.view(*x.shape[:-1], -1) for row in rows]
 
 
 @dense_rows.register_fake
-def _(x, weights, biases, act, scale, epsilon, residual) -> list[Tensor]:
+def _(x, weights, biases, act) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], each.shape[0])) for each in (weights if act == NO_ACT else weights[:1])]
 
 
