@@ -38,6 +38,7 @@ def test_it_names_what_is_slow_what_is_not_captured_and_what_is_older(encoders):
     encoders["called"]["local"]["16384"]["captured_ms"] = 3.2
     encoders["called"]["etc"]["4096"]["failure"] = "a hook"
     del encoders["called"]["axial"]
+    encoders["of an earlier run"] = ["stock BigBird"]
     page = sparse_page(encoders)
     assert "replayed: local 2.50 at 4,096, " in page
     assert "Over the goals, captured: local 3.20 at 16,384, " in page
