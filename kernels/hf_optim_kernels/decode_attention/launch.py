@@ -50,8 +50,8 @@ COMBINE = 2.5
 MOST_PIECES = 256
 # Whether the launch that adds up pieces begins while they are computed, where the device can.
 EARLY = True
-# Whether attention, too, begins before the launch before has ended, and lets the one after it begin. Alone it gains less
-# than 1 % on an H200; in steps it was not timed.
+# Whether attention, too, begins before the launch before has ended, and lets the one after it begin. Alone it gains
+# less than 1 % on an H200; in steps it was not timed.
 AHEAD = False
 # Channels of a program that adds up pieces, which loads all of them at once.
 CHUNK = 32
