@@ -165,7 +165,7 @@ def prefill() -> dict[str, dict[str, float]]:
         def ours(q: Tensor, k: Tensor, v: Tensor, spans: SpanSet = spans) -> Tensor:
             return attend_spans(q, k, v, spans, WIDTH**-0.5)
 
-        row = {}
+        row, usual = {}, sparse_op.DIRECT
         for name, work in (("sdpa", sdpa), ("spans", ours), ("spans direct", ours)):
             sparse_op.DIRECT = name.endswith("direct")
             whole = lambda work=work, grown=grown, grad=grad: torch.autograd.grad(work(*grown), grown, grad)  # noqa: E731
@@ -175,7 +175,7 @@ def prefill() -> dict[str, dict[str, float]]:
                     row[f"{name} captured"] = captured(lambda work=work, q=q, k=k, v=v: work(q, k, v))
             row[f"{name} and backward"] = milliseconds(whole)
             row[f"{name} and backward captured"] = captured(whole)
-            sparse_op.DIRECT = False
+            sparse_op.DIRECT = usual
         found[str(length)] = row
         print(length, row, flush=True)
         section.keep("prefill", found)

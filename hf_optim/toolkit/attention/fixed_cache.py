@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ KERNEL = "hf_optim_kernels.decode_attention.op"  # where it is installed
 EMPTY = -1
 
 
-@lru_cache(maxsize=1)
-def _kernel() -> Any:
+@cache
+def kernel_module(name: str) -> Any:
+    """Return the module of a kernel; None where it is not installed."""
     try:
-        return importlib.import_module(KERNEL)
+        return importlib.import_module(name)
     except ImportError:
         return None
 
@@ -141,7 +142,7 @@ class Slots:
         if bias is not None:
             added = bias(self._distances(), None).transpose(0, 1)
             return grouped_product(query, key, value, self._seen, added, scale, 0.0)
-        op = _kernel()
+        op = kernel_module(KERNEL)
         if op is None or op.unsupported(query, key, value, self._seen) or not op.can_run_triton(query):
             return grouped_product(query, key, value, self._seen, None, scale, 0.0)
         if self._ranges is None:

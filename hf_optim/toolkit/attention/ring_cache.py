@@ -7,9 +7,7 @@ from the position, with the ramp of a span, and writes the new key meanwhile.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .caches import HeldKeys
+from .fixed_cache import kernel_module
 from .head_caches import Groups
 from .kept import take_tokens
 
@@ -25,12 +24,8 @@ KERNEL = "hf_optim_kernels.ring_attention.op"  # where it is installed
 USED = True
 
 
-@lru_cache(maxsize=1)
 def _kernel() -> Any:
-    try:
-        return importlib.import_module(KERNEL)
-    except ImportError:
-        return None
+    return kernel_module(KERNEL)
 
 
 def counts_in(held: Any) -> tuple[int, ...] | None:
